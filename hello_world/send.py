@@ -1,0 +1,47 @@
+"""Send one message to the queue 'hello'."""
+
+import argparse
+import os
+import signal
+import sys
+
+import pika
+from pika.exceptions import AMQPConnectionError, AMQPError
+
+AMQP_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect() -> pika.BlockingConnection:
+    """Connect to the node at AMQP_URL; of several, to the first that answers."""
+    try:
+        nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
+    except (ValueError, TypeError, LookupError):  # it is not shown: a password may be in it
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    try:
+        return pika.BlockingConnection(nodes)
+    except Exception as error:  # pika has a dozen for this, some of them the socket's
+        why = str(error) or error.args[0].exception
+        raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}") from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("message", nargs="*", default=["Hello World!"], metavar="MESSAGE")
+    message = " ".join(parser.parse_args().message)
+
+    connection = connect()
+    channel = connection.channel()
+    channel.queue_declare("hello", durable=True)
+    channel.basic_publish(exchange="", routing_key="hello", body=os.fsencode(message))
+    connection.close()  # the broker agrees to it once it has taken the message
+    print(f" [x] Sent '{message}'")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda *_: sys.exit(130))
+    try:
+        main()
+    except (AMQPError, OSError) as error:
+        sys.exit(f" [!] {error}")

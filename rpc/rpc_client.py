@@ -1,0 +1,142 @@
+"""Ask the servers on the queue 'rpc_queue' for Fibonacci numbers, for all of them at once."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+
+import pika
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.exceptions import AMQPConnectionError, AMQPError
+from pika.spec import Basic, BasicProperties
+
+AMQP_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect() -> pika.BlockingConnection:
+    """Connect to the node at AMQP_URL; of several, to the first that answers."""
+    try:
+        nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
+    except (ValueError, TypeError, LookupError):  # it is not shown: a password may be in it
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    try:
+        return pika.BlockingConnection(nodes)
+    except Exception as error:  # pika has a dozen for this, some of them the socket's
+        why = str(error) or error.args[0].exception
+        raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}") from error
+
+
+class RpcError(AMQPError):
+    """A server answered with an error, or there has never been a server."""
+
+
+class FibonacciRpcClient:
+    """A connection, and one callback queue for the answers to all of its calls.
+
+    It is a context manager, for one thread. Each method raises AMQPConnectionError when the
+    connection is lost: also because nothing was called for longer than the heartbeat.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: set[str] = set()  # the correlation ids of the requests without an answer
+        self.answers: dict[str, tuple[str | None, bytes]] = {}
+        self.connection = connect()
+        self.channel = self.connection.channel()
+        self.callback_queue = self.channel.queue_declare("", exclusive=True).method.queue
+        self.channel.basic_consume(self.callback_queue, self.on_answer, auto_ack=True)
+        self.channel.add_on_return_callback(self.on_return)
+
+    def __enter__(self) -> "FibonacciRpcClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.connection.is_open:
+            self.connection.close()
+
+    def on_answer(
+        self, _c: BlockingChannel, _m: Basic.Deliver, answer: BasicProperties, body: bytes
+    ) -> None:
+        self.settle(answer.correlation_id, answer.type, body)
+
+    def on_return(
+        self, _c: BlockingChannel, _m: Basic.Return, request: BasicProperties, _body: bytes
+    ) -> None:
+        self.settle(request.correlation_id, "error", b"no queue 'rpc_queue': no server has run yet")
+
+    def settle(self, correlation_id: str | None, kind: str | None, body: bytes) -> None:
+        """Keep the first answer to a request. Another one, or one to no request, is ignored."""
+        if correlation_id in self.waiting:
+            self.waiting.remove(correlation_id)
+            self.answers[correlation_id] = kind, body
+
+    def call(self, n: int, timeout: float = 10) -> int:
+        """Return the n-th Fibonacci number; timeout and errors are those of call_many."""
+        return self.call_many([n], timeout)[0]
+
+    def call_many(self, numbers: Sequence[int], timeout: float = 10) -> list[int]:
+        """Return the Fibonacci numbers of all these numbers, in this order.
+
+        All requests are sent at once, and timeout, in seconds, is for all of them together. Raises
+        TimeoutError when it is over, RpcError for the first error in the answers.
+        """
+        if not 0 < timeout < 2**32 / 1000:  # RabbitMQ takes no longer expiration
+            raise ValueError("timeout must be more than 0 and less than 4294967 seconds")
+        deadline = time.monotonic() + timeout
+        requests = [str(uuid.uuid4()) for _ in numbers]
+        self.answers = {}
+        self.waiting = set(requests)
+        for request, n in zip(requests, numbers, strict=True):
+            self.channel.basic_publish(
+                exchange="",
+                routing_key="rpc_queue",
+                body=str(n).encode(),
+                properties=pika.BasicProperties(
+                    reply_to=self.callback_queue,
+                    correlation_id=request,
+                    expiration=str(int(timeout * 1000)),  # a request given up is never computed
+                    content_type="text/plain",
+                ),
+                mandatory=True,  # a request that reaches no queue is returned
+            )
+        while self.waiting:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError(f"No answer within {timeout:g} seconds")
+            self.connection.process_data_events(remaining)
+
+        results = []
+        for request, n in zip(requests, numbers, strict=True):
+            kind, body = self.answers[request]
+            if kind == "error" or not body.isdigit():
+                raise RpcError(f"fib({n}): {body.decode(errors='backslashreplace')}")
+            results.append(int(body))
+        return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--timeout", type=float, default=10, metavar="SECONDS")
+    parser.add_argument("numbers", type=int, nargs="*", default=[30], metavar="N")
+    options = parser.parse_args()
+
+    with FibonacciRpcClient() as client:
+        for n in options.numbers:
+            print(f" [x] Requesting fib({n})")
+        try:
+            for result in client.call_many(options.numbers, options.timeout):
+                print(f" [.] Got {result}")
+        except ValueError as error:
+            parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda *_: sys.exit(130))
+    try:
+        main()
+    except (AMQPError, OSError) as error:
+        sys.exit(f" [!] {error}")

@@ -1,0 +1,57 @@
+"""Send one task to the queue 'task_queue': a second of work for each dot in it."""
+
+import argparse
+import os
+import signal
+import sys
+
+import pika
+from pika.exceptions import AMQPConnectionError, AMQPError
+
+AMQP_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect() -> pika.BlockingConnection:
+    """Connect to the node at AMQP_URL; of several, to the first that answers."""
+    try:
+        nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
+    except (ValueError, TypeError, LookupError):  # it is not shown: a password may be in it
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    try:
+        return pika.BlockingConnection(nodes)
+    except Exception as error:  # pika has a dozen for this, some of them the socket's
+        why = str(error) or error.args[0].exception
+        raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}") from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", nargs="*", default=["Hello..."], metavar="TASK")
+    parser.add_argument("--transient", action="store_true", help="a broker restart may lose it")
+    options = parser.parse_args()
+    task = " ".join(options.task)
+    mode = pika.DeliveryMode.Transient if options.transient else pika.DeliveryMode.Persistent
+
+    connection = connect()
+    channel = connection.channel()
+    channel.queue_declare("task_queue", durable=True)
+    channel.confirm_delivery()  # basic_publish now waits until the broker answers for the task
+    channel.basic_publish(
+        exchange="",
+        routing_key="task_queue",
+        body=os.fsencode(task),
+        properties=pika.BasicProperties(delivery_mode=mode),
+        mandatory=True,  # a task that reaches no queue is an error
+    )
+    print(f" [x] Sent '{task}'")
+    connection.close()
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda *_: sys.exit(130))
+    try:
+        main()
+    except (AMQPError, OSError) as error:
+        sys.exit(f" [!] {error}")
