@@ -1,0 +1,68 @@
+"""Plays the section "Run it" of each lesson, and shows every line as it is printed.
+
+    python -m tests.demo [--broker auto|container|local|URL]
+
+Exit status 1 says that a line that must come did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.broker import Broker, NoBroker, start
+from tests.lessons import LESSONS, LessonError, Player, console_blocks
+from tests.terminal import environment
+
+SECTION = "Run it"
+
+
+def play(documents: Sequence[Path], broker: Broker) -> None:
+    """Play the section of each document in a virtual host of its own. Raises LessonError."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for document in documents:
+        story = console_blocks(document, SECTION)
+        width = max((len(block.terminal) for block in story), default=0)
+
+        def show(terminal: str, line: str, width: int = width) -> None:
+            print(f"{terminal:<{width}} | {line}", flush=True)
+
+        title = re.search(r"^# +(.*\S)", document.read_text(encoding="utf-8"), re.MULTILINE)
+        print(f"\n=== {title[1] if title else document.parent.name}\n", flush=True)
+        with (
+            broker.virtual_host(f"demo-{os.getpid()}") as url,
+            Player(environment(url, PATH=path), show=show) as player,
+        ):
+            player.play(story)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__)
+    parser.add_argument("--broker", default="auto", metavar="auto|container|local|URL")
+    options = parser.parse_args()
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    broker = None
+    try:
+        broker = start(options.broker)
+        print(broker, flush=True)
+        play(LESSONS, broker)
+        print("\n=== All lessons went as their texts say", flush=True)
+    except NoBroker as error:
+        sys.exit(f" [!] {error}")
+    except LessonError as error:
+        sys.exit(f"\n [!] The demo failed. {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if broker:
+            broker.close()
+
+
+if __name__ == "__main__":
+    main()

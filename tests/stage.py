@@ -1,0 +1,166 @@
+"""Where the lessons play: a broker that they may upset, and the commands that they use.
+
+The lessons restart the broker with `docker compose restart rabbitmq`, and look into it with
+`docker compose exec rabbitmq rabbitmqctl`. With Docker Compose that is what happens, to a project
+that is started for the lessons. Without it, a command of the same name does the same to the broker
+of the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.broker import IMAGE, START_TIMEOUT, Broker, free_port
+from tests.terminal import ROOT, environment
+
+STAND_IN = """\
+#!/bin/sh
+# Stands in for Docker Compose: the node that the tests started is its service "rabbitmq".
+PATH={path}
+case "$1 $2 $3" in
+"compose exec rabbitmq")
+    shift 3
+    [ "$1" = rabbitmqctl ] && shift && exec {rabbitmqctl} "$@"
+    ;;
+"compose start rabbitmq" | "compose stop rabbitmq" | \\
+"compose kill rabbitmq" | "compose restart rabbitmq")
+    echo "$2" >{asked}
+    read -r answer <{answered}
+    [ "$answer" = done ] && exit
+    echo "$answer" >&2
+    exit 1
+    ;;
+esac
+echo "docker: this stand-in cannot do: $*" >&2
+exit 1
+"""
+
+
+def has_compose() -> bool:
+    """Tell whether there is Docker Compose, version 2 or later."""
+    with contextlib.suppress(FileNotFoundError):
+        version = subprocess.run(["docker", "compose", "version"], capture_output=True)
+        return version.returncode == 0
+    return False
+
+
+class Compose(Broker):
+    """The service of docker-compose.yml, in a project and on ports of its own."""
+
+    def __init__(self) -> None:
+        port, management_port = free_port(), free_port()
+        self.kind = f"in a container of {IMAGE}, by Docker Compose"
+        self.amqp_url = f"amqp://guest:guest@127.0.0.1:{port}/%2F"
+        self.management_url = f"http://127.0.0.1:{management_port}"
+        self.settings = {
+            "COMPOSE_PROJECT_NAME": f"lessons-{port}",
+            "COMPOSE_FILE": str(ROOT / "docker-compose.yml"),
+            "COMPOSE_PROGRESS": "plain",
+            "COMPOSE_ANSI": "never",
+            "RABBITMQ_IMAGE": IMAGE,
+            "RABBITMQ_PORT": str(port),
+            "RABBITMQ_MANAGEMENT_PORT": str(management_port),
+        }
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _compose(self, *arguments: str) -> None:
+        command = ["docker", "compose", *arguments]
+        subprocess.run(
+            command, check=True, env=os.environ | self.settings, timeout=START_TIMEOUT, stdout=2
+        )
+
+    @property
+    def rabbitmqctl_command(self) -> list[str]:
+        """The command line that runs rabbitmqctl in the service's container."""
+        settings = [f"{name}={value}" for name, value in self.settings.items()]
+        return ["env", *settings, *["docker", "compose", "exec", "-T", "rabbitmq", "rabbitmqctl"]]
+
+    def start(self) -> None:
+        """Start the service on its data, unless it runs, and wait until it is ready."""
+        self._compose("up", "--detach", "--wait")
+        self.wait_until_ready()
+
+    def stop(self) -> None:
+        """Stop the service with SIGTERM."""
+        self._compose("stop")
+
+    def kill(self) -> None:
+        """Kill the service with SIGKILL."""
+        self._compose("kill")
+
+    def close(self) -> None:
+        """Remove the service and its data."""
+        self._compose("down", "--volumes")
+
+
+@contextlib.contextmanager
+def stage(broker: Broker, folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the environment of the lessons' terminals. Files for it go to an empty folder.
+
+    On a broker that was started here, the lessons have the default virtual host, emptied; on any
+    other one they have a virtual host of their own, and no `docker compose`.
+    """
+    with contextlib.ExitStack() as stack:
+        path = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        if not broker.owned:
+            yield environment(
+                stack.enter_context(broker.virtual_host(f"lesson-{os.getpid()}")),
+                PATH=os.pathsep.join(path),
+            )
+            return
+        settings = {}
+        if isinstance(broker, Compose):
+            settings = broker.settings
+        else:
+            stack.enter_context(docker_stand_in(broker, folder))
+            path.insert(0, str(folder))
+        broker.api("DELETE", "vhosts/%2F")
+        broker.api("PUT", "vhosts/%2F", {})
+        yield environment(broker.amqp_url, PATH=os.pathsep.join(path), **settings)
+
+
+@contextlib.contextmanager
+def docker_stand_in(broker: Broker, folder: Path) -> Iterator[None]:
+    """Make a command `docker` in a folder that does to this broker what the lessons use it for."""
+    asked, answered = folder / "asked", folder / "answered"
+    for pipe in (asked, answered):
+        os.mkfifo(pipe)
+    command = folder / "docker"
+    command.write_text(
+        STAND_IN.format(
+            path=shlex.quote(os.environ["PATH"]),
+            rabbitmqctl=shlex.join(broker.rabbitmqctl_command),
+            asked=shlex.quote(str(asked)),
+            answered=shlex.quote(str(answered)),
+        )
+    )
+    command.chmod(0o755)
+
+    def serve() -> None:
+        actions = {name: getattr(broker, name) for name in ("start", "stop", "kill", "restart")}
+        while (action := asked.read_text().strip()) != "end":
+            try:
+                actions[action]()
+                answer = "done"
+            except Exception as error:
+                answer = repr(error).replace("\n", " ")
+            answered.write_text(f"{answer}\n")
+
+    server = threading.Thread(target=serve, daemon=True)
+    server.start()
+    try:
+        yield
+    finally:
+        asked.write_text("end\n")
+        server.join()

@@ -1,0 +1,172 @@
+"""The lessons: each console block is played, each excerpt is looked up, in the scripts as they are.
+
+The first tests are about the player itself: a text that is wrong must not pass.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.broker import Broker, Container
+from tests.conftest import broker_key
+from tests.lessons import (
+    DOCUMENTS,
+    LESSONS,
+    LessonError,
+    Player,
+    blocks,
+    console_blocks,
+    has_excerpt,
+)
+from tests.stage import Compose, has_compose, stage
+from tests.terminal import ROOT, environment
+
+GOOD = """\
+# A lesson
+
+```console
+# one
+$ echo first; printf 'no end of line'
+first
+no end of line
+$ cat
+```
+
+```console
+# two
+$ for i in 1 2 3; do echo line $i; done
+…
+line 3
+$ sleep 60 &
+[1] …
+```
+
+```console
+# one
+^C
+$ echo again
+again
+```
+
+```console
+# two
+$ kill -9 %1
+[1]+  Killed                  sleep 60
+$ cat /dev/null
+```
+"""
+
+
+def play(text: str, folder: Path) -> None:
+    """Play a lesson with this text in a folder of its own."""
+    document = folder / "README.md"
+    document.write_text(text)
+    with Player(environment(), folder, timeout=2) as player:
+        player.play(console_blocks(document))
+
+
+def test_a_true_text_passes(tmp_path: Path) -> None:
+    """Commands, output, Ctrl+C, background jobs, two terminals: all as the text says."""
+    play(GOOD, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "why"),
+    [
+        pytest.param("again\n`", "agian\n`", "line 24", "what came is\nagain", id="changed word"),
+        pytest.param("first\nno", "no", "line 6", "what came is\nfirst", id="missing line"),
+        pytest.param("line 3\n", "line 3\nline 4\n", "line 16", "did not come", id="extra line"),
+        pytest.param("no end of line\n$", "$", "line 7", "not show\nno end", id="untold output"),
+        pytest.param("again\n`", "`", "line 23", "not show\nagain", id="untold output at the end"),
+        pytest.param("^C\n", "", "line 8", "did not end", id="not at the prompt"),
+        pytest.param("cat /dev/null", "cat", "line 31", "did not end", id="not at its end"),
+        pytest.param("$ cat\n", "$ echo\n\n", "line 23", "could stop", id="nothing to interrupt"),
+        pytest.param("# two\n$ kill", "$ kill", "line 27", "its terminal's name", id="no name"),
+    ],
+)
+def test_a_wrong_text_fails(tmp_path: Path, old: str, new: str, where: str, why: str) -> None:
+    """A text that differs from what happens fails, and the failure says where and how."""
+    assert GOOD.count(old) == 1
+    with pytest.raises(LessonError, match=rf"README.md, {where}\b(.|\n)*{re.escape(why)}"):
+        play(GOOD.replace(old, new), tmp_path)
+
+
+def test_a_block_can_be_left_out_with_a_reason(tmp_path: Path) -> None:
+    """A block after the comment `<!-- not run: REASON -->` is not played."""
+    block = "```console\n# one\n$ echo one\nanother\n```\n"
+    play(f"<!-- not run: it is wrong -->\n{block}", tmp_path)
+    with pytest.raises(LessonError):
+        play(f"<!-- not run: -->\n{block}", tmp_path)
+
+
+def test_an_excerpt_is_looked_up_in_one_piece() -> None:
+    """An excerpt may leave off indentation, but no line and no character."""
+    script = "def f():\n    a = 1\n\n    if a:\n        b = 2\n"
+    assert has_excerpt(script, "a = 1\n\nif a:\n    b = 2\n")
+    assert not has_excerpt(script, "a = 1\nif a:\n    b = 2\n")
+    assert not has_excerpt(script, "if a:\n  b = 2\n")
+    assert not has_excerpt(script, "b = 3\n")
+
+
+@pytest.fixture(scope="module")
+def lesson_broker(pytestconfig: pytest.Config) -> Iterator[Broker]:
+    """The broker of docker-compose.yml where containers are used, or else that of this run."""
+    broker = pytestconfig.stash[broker_key]
+    if not isinstance(broker, Container) or not has_compose():
+        yield broker
+        return
+    composed = Compose()
+    yield composed
+    composed.close()
+
+
+def name(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_what_the_terminals_show_is_what_happens(
+    document: Path, lesson_broker: Broker, tmp_path: Path
+) -> None:
+    """Each console block of a document, played in real terminals, shows what the text shows."""
+    story = console_blocks(document)
+    assert story
+    if not lesson_broker.owned and any("$ docker " in block.source for block in story):
+        pytest.skip("restarts and administers its broker: --broker container or local")
+    hidden = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "*.log")
+    folder = shutil.copytree(ROOT, tmp_path / "tutorial", ignore=hidden)
+    (tmp_path / "bin").mkdir()
+    with stage(lesson_broker, tmp_path / "bin") as env, Player(env, folder, timeout=30) as player:
+        player.play(story)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_what_the_excerpts_show_is_in_the_scripts(document: Path) -> None:
+    """Each Python block of a document stands, line for line, in a script of its folder."""
+    folder = document.parent
+    scripts = [path.read_text() for path in [*folder.glob("*.py"), *folder.glob("*/*.py")]]
+    for block in blocks(document):
+        if block.language == "python":
+            assert block.source.strip()
+            found = any(has_excerpt(script, block.source) for script in scripts)
+            assert found, f"{block}: in no script of this folder stands\n{block.source}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_no_block_escapes(document: Path) -> None:
+    """A fenced block is played, looked up, or no claim: a diagram or plain text."""
+    for block in blocks(document):
+        assert block.language in ("console", "python", "mermaid", "text"), str(block)
+
+
+@pytest.mark.parametrize("document", LESSONS, ids=name)
+def test_the_demo_plays_a_part_of_each_lesson(document: Path) -> None:
+    """Each lesson has a section for the demo, which needs no Docker."""
+    story = console_blocks(document, "Run it")
+    assert story
+    assert not any("docker" in block.source for block in story)
