@@ -6,7 +6,7 @@ import signal
 import sys
 
 import pika
-from pika.exceptions import AMQPConnectionError, AMQPError
+from pika.exceptions import AMQPConnectionError, AMQPError, NackError, UnroutableError
 
 AMQP_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
@@ -36,13 +36,16 @@ def main() -> None:
     channel = connection.channel()
     channel.queue_declare("task_queue", durable=True)
     channel.confirm_delivery()  # basic_publish now waits until the broker answers for the task
-    channel.basic_publish(
-        exchange="",
-        routing_key="task_queue",
-        body=os.fsencode(task),
-        properties=pika.BasicProperties(delivery_mode=mode),
-        mandatory=True,  # a task that reaches no queue is an error
-    )
+    try:
+        channel.basic_publish(
+            exchange="",
+            routing_key="task_queue",
+            body=os.fsencode(task),
+            properties=pika.BasicProperties(delivery_mode=mode),
+            mandatory=True,  # a task that reaches no queue is an error
+        )
+    except (UnroutableError, NackError) as error:
+        sys.exit(f" [!] Not sent: {type(error).__name__}")
     print(f" [x] Sent '{task}'")
     connection.close()
 

@@ -1,0 +1,98 @@
+"""One broker for the whole run, and a virtual host of its own for each test."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pika
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel
+
+from tests.broker import Broker, NoBroker, start
+from tests.terminal import Terminals
+
+broker_key = pytest.StashKey[Broker]()
+figures_key = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--broker",
+        default="auto",
+        metavar="auto|container|local|URL",
+        help="where RabbitMQ comes from; auto is a container, or else the local rabbitmq-server",
+    )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.option.collectonly:
+        return
+    try:
+        session.config.stash[broker_key] = start(session.config.option.broker)
+    except NoBroker as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    broker = config.stash.get(broker_key, None)
+    return f"broker: {broker}" if broker else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    figures = terminalreporter.config.stash.get(figures_key, [])
+    if figures:
+        terminalreporter.section("figures")
+        for figure in figures:
+            terminalreporter.line(figure)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    broker = config.stash.get(broker_key, None)
+    if broker:
+        broker.close()
+
+
+@pytest.fixture
+def broker(pytestconfig: pytest.Config) -> Broker:
+    """The broker of this run."""
+    return pytestconfig.stash[broker_key]
+
+
+@pytest.fixture
+def own_broker(broker: Broker) -> Broker:
+    """The broker of this run, if it may be stopped and administered."""
+    if not broker.owned:
+        pytest.skip("needs a broker that it may stop: --broker container or local")
+    return broker
+
+
+@pytest.fixture
+def figures(pytestconfig: pytest.Config) -> list[str]:
+    """What is printed, line by line, at the end of the run."""
+    return pytestconfig.stash.setdefault(figures_key, [])
+
+
+@pytest.fixture
+def amqp_url(broker: Broker, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a new virtual host, named after the test."""
+    name = re.sub(r"\W+", "-", request.node.name)[:100].strip("-")
+    with broker.virtual_host(name) as url:
+        yield url
+
+
+@pytest.fixture
+def terminals(amqp_url: str) -> Iterator[Terminals]:
+    """Terminals on the test's virtual host; what still runs in them is killed at last."""
+    opened = Terminals(amqp_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def channel(amqp_url: str) -> Iterator[BlockingChannel]:
+    """A channel of the test's own, on the test's virtual host."""
+    connection = pika.BlockingConnection(pika.URLParameters(amqp_url))
+    yield connection.channel()
+    if connection.is_open:
+        connection.close()

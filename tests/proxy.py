@@ -1,0 +1,71 @@
+"""A proxy between a script and the broker: it sees each AMQP frame, and can act in between.
+
+It makes moments certain that are otherwise a matter of luck: "after the answer was published and
+before the acknowledgement arrived" is then simply where the frame of the acknowledgement is held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from pika.spec import Basic
+
+PUBLISH = Basic.Publish.INDEX
+ACK = Basic.Ack.INDEX  # to the broker: a delivery; to a publisher: a confirm
+
+# Called for each method frame with its index and whether it goes to the broker, before it is
+# passed on; it is not passed on if this returns False.
+Watch = Callable[[int, bool], bool]
+
+
+class Proxy:
+    """Listens on an address of this machine and passes on what comes, in both directions."""
+
+    def __init__(self, amqp_url: str, watch: Watch = lambda *_: True) -> None:
+        """Stand before the broker at `amqp_url`; `url` is then the address to give to a script."""
+        parts = urlsplit(amqp_url)
+        self._broker = (parts.hostname, parts.port)
+        self._watch = watch
+        self._sockets: list[socket.socket] = []
+        self.connections = 0
+        self._listener = socket.create_server(("127.0.0.2", 0))  # as if it were another host
+        port = self._listener.getsockname()[1]
+        user = parts.netloc.rpartition("@")[0]
+        self.url = parts._replace(netloc=f"{user}@127.0.0.2:{port}").geturl()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self.connections += 1
+                broker = socket.create_connection(self._broker)
+                self._sockets += [client, broker]
+                for source, target in ((client, broker), (broker, client)):
+                    arguments = (source, target, target is broker)
+                    threading.Thread(target=self._pass_on, args=arguments, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, to_broker: bool) -> None:
+        with contextlib.suppress(OSError), source.makefile("rb") as stream:
+            if to_broker:
+                target.sendall(stream.read(8))  # the protocol header
+            while header := stream.read(7):  # of a frame: type, channel, size of the payload
+                kind, _, size = struct.unpack(">BHL", header)
+                payload = stream.read(size + 1)  # and the byte that ends the frame
+                index = int.from_bytes(payload[:4], "big") if kind == 1 else 0
+                if self._watch(index, to_broker):
+                    target.sendall(header + payload)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Cut all connections."""
+        for each in [self._listener, *self._sockets]:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()

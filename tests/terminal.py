@@ -1,0 +1,178 @@
+"""Scripts as a reader runs them: separate processes, whose output is read as it comes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT = 15  # seconds; what is waited for comes in far less, even on a busy machine
+
+
+def environment(amqp_url: str | None = None, **more: str) -> dict[str, str]:
+    """Return the environment of a reader's terminal: nothing in it helps a script along."""
+    plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED", "AMQP_URL")}
+    plain |= {"PYTHONUTF8": "1"} | more
+    return plain | ({"AMQP_URL": amqp_url} if amqp_url else {})
+
+
+class Lines:
+    """The lines of a stream, read by a thread as they come."""
+
+    def __init__(self, stream: IO[bytes], echo: Callable[[str], None] | None = None) -> None:
+        self.seen: list[str] = []
+        self.times: list[float] = []  # when each of them came, on the monotonic clock
+        self._echo = echo
+        self._change = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._thread.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            text = line.decode(errors="backslashreplace").removesuffix("\n")
+            with self._change:
+                self.seen.append(text)
+                self.times.append(time.monotonic())
+                self._change.notify_all()
+            if self._echo:
+                self._echo(text)
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+
+    def wait_for(self, enough: Callable[[list[str]], bool], timeout: float) -> bool:
+        """Wait until the lines are enough; False if the stream or the time ends before."""
+        with self._change:
+            self._change.wait_for(lambda: enough(self.seen) or self._closed, timeout)
+            return enough(self.seen)
+
+    def time_of(self, line: str) -> float:
+        """Return when a line that was seen came, on the monotonic clock."""
+        return self.times[self.seen.index(line)]
+
+    def all(self) -> list[str]:
+        """Return all lines of a stream that has ended."""
+        self._thread.join(TIMEOUT)
+        return self.seen
+
+
+class Script:
+    """A running script. Its two streams are `out` and `err`."""
+
+    def __init__(
+        self,
+        command: Sequence[str | bytes | Path],
+        env: dict[str, str],
+        cwd: Path = ROOT,
+        echo: Callable[[str], None] | None = None,
+    ) -> None:
+        self.name = " ".join(os.fsdecode(word) for word in command)[:200]
+        self.path = Path(os.fsdecode(command[1]))  # of the script
+        self.process = subprocess.Popen(
+            command,
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self.process.stdout
+        assert self.process.stderr
+        self.out = Lines(self.process.stdout, echo)
+        self.err = Lines(self.process.stderr, echo)
+
+    def __str__(self) -> str:
+        return f"{self.name}\n  printed: {self.out.seen[-20:]}\n  complained: {self.err.seen[-20:]}"
+
+    def expect(self, line: str | re.Pattern[str], count: int = 1, timeout: float = TIMEOUT) -> None:
+        """Wait until standard output holds `line`, the whole of one, at least `count` times."""
+        self._expect(self.out, line, count, timeout)
+
+    def expect_error(
+        self, line: str | re.Pattern[str], count: int = 1, timeout: float = TIMEOUT
+    ) -> None:
+        """Wait until standard error holds `line`, the whole of one, at least `count` times."""
+        self._expect(self.err, line, count, timeout)
+
+    def _expect(
+        self, stream: Lines, line: str | re.Pattern[str], count: int, timeout: float
+    ) -> None:
+        pattern = re.compile(re.escape(line)) if isinstance(line, str) else line
+
+        def enough(lines: list[str]) -> bool:
+            return sum(1 for seen in lines if pattern.fullmatch(seen)) >= count
+
+        assert stream.wait_for(enough, timeout), f"{pattern.pattern!r} did not come from {self}"
+
+    def wait(self, timeout: float = TIMEOUT) -> int:
+        """Wait until the script ends, and return its exit status; -9 if it was killed."""
+        status = self.process.wait(timeout)
+        self.out.all()
+        self.err.all()
+        return status
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> float:
+        """Send a signal, wait until the script ends, and return how many seconds that took."""
+        begin = time.monotonic()
+        self.process.send_signal(how)
+        self.wait()
+        return time.monotonic() - begin
+
+    def kill(self) -> None:
+        """Kill the script with SIGKILL, if it still runs."""
+        self.process.kill()
+        self.wait()
+
+
+class Terminals:
+    """Starts scripts against one virtual host, and ends what still runs at last."""
+
+    def __init__(self, amqp_url: str) -> None:
+        self.amqp_url = amqp_url
+        self.scripts: list[Script] = []
+        self._settings: dict[str, str] = {}
+
+    @contextmanager
+    def environment(self, **settings: str) -> Iterator[None]:
+        """Set variables in the environment of the scripts that are started meanwhile."""
+        self._settings = settings
+        yield
+        self._settings = {}
+
+    def start(
+        self,
+        script: str | Path,
+        *arguments: str | bytes,
+        amqp_url: str | None = None,
+        cwd: Path = ROOT,
+    ) -> Script:
+        """Start a script, by its path in the repository, and return it while it runs."""
+        command = [sys.executable, ROOT / script, *arguments]
+        env = environment(amqp_url or self.amqp_url, **self._settings)
+        started = Script(command, env, cwd)
+        self.scripts.append(started)
+        return started
+
+    def run(
+        self, script: str, *arguments: str | bytes, amqp_url: str | None = None, status: int = 0
+    ) -> Script:
+        """Run a script to its end, which must be with this exit status."""
+        ended = self.start(script, *arguments, amqp_url=amqp_url)
+        assert ended.wait() == status, str(ended)
+        return ended
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for script in self.scripts:
+            script.kill()

@@ -1,0 +1,146 @@
+"""Publish/subscribe: every log to every receiver."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel
+
+from tests.broker import Broker, eventually
+from tests.terminal import ROOT, Script, Terminals, environment
+
+WAITING = " [*] Waiting for logs. To exit press CTRL+C"
+
+
+def receiver(terminals: Terminals) -> Script:
+    """Start a receiver and wait until it waits for logs."""
+    started = terminals.start("publish_subscribe/receive_logs.py")
+    started.expect_error(WAITING)
+    return started
+
+
+def emit(terminals: Terminals, *logs: str) -> None:
+    """Emit these logs, one after the other."""
+    for log in logs:
+        emitted = terminals.run("publish_subscribe/emit_log.py", log)
+        assert emitted.out.all() == [f" [x] Sent '{log}'"]
+        assert emitted.err.all() == []
+
+
+def queues(broker: Broker, amqp_url: str) -> list[dict[str, Any]]:
+    """Return the queues of a virtual host, as the broker describes them."""
+    return list(broker.api("GET", f"queues/{amqp_url.rpartition('/')[2]}?disable_stats=true"))
+
+
+def test_every_receiver_prints_every_log(terminals: Terminals) -> None:
+    """All who listen get the same logs, in the order in which they were emitted."""
+    receivers = [receiver(terminals) for _ in range(3)]
+    terminals.run("publish_subscribe/emit_log.py")
+    emit(terminals, "warning: it is late", "error: 你好")
+    for each in receivers:
+        each.expect(" [x] error: 你好")
+        expected = [" [x] info: Hello World!", " [x] warning: it is late", " [x] error: 你好"]
+        assert each.out.seen == expected
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_receiver_has_a_queue_of_its_own(
+    broker: Broker, terminals: Terminals, amqp_url: str, end: str
+) -> None:
+    """The broker names it, it is exclusive, and it is gone with its receiver."""
+    first, second = receiver(terminals), receiver(terminals)
+    found = eventually(lambda: len(queues(broker, amqp_url)) == 2, "two queues")
+    found = queues(broker, amqp_url)
+    assert found[0]["name"] != found[1]["name"]
+    for queue in found:
+        assert queue["name"].startswith("amq.gen-")
+        assert queue["exclusive"] is True
+    getattr(first, end)()
+    eventually(lambda: len(queues(broker, amqp_url)) == 1, "the queue of the first is gone")
+    getattr(second, end)()
+    eventually(lambda: not queues(broker, amqp_url), "all queues are gone")
+
+
+def test_a_log_that_nobody_listens_to_is_dropped(
+    broker: Broker, terminals: Terminals, amqp_url: str
+) -> None:
+    """To emit it is no error; it waits nowhere, and a later receiver does not get it."""
+    emit(terminals, "info: nobody hears this")
+    assert queues(broker, amqp_url) == []
+    late = receiver(terminals)
+    emit(terminals, "info: and this is heard")
+    late.expect(" [x] info: and this is heard")
+    assert late.out.seen == [" [x] info: and this is heard"]
+
+
+def test_one_receiver_writes_to_disk_and_another_shows_the_screen(
+    terminals: Terminals, amqp_url: str, tmp_path: Path
+) -> None:
+    """Both have the same lines; the file holds them at once, even if its receiver is killed, and
+    it holds logs only."""
+    file = tmp_path / "logs_from_rabbit.log"
+    with file.open("wb") as output:
+        to_disk = subprocess.Popen(
+            [sys.executable, ROOT / "publish_subscribe/receive_logs.py"],
+            env=environment(amqp_url),
+            stdout=output,
+            stderr=subprocess.PIPE,
+        )
+    assert to_disk.stderr
+    with to_disk.stderr:
+        assert to_disk.stderr.readline().decode() == WAITING + "\n"
+        to_screen = receiver(terminals)
+        logs = [f"info: log {i}" for i in range(5)]
+        emit(terminals, *logs)
+        to_screen.expect(" [x] info: log 4")
+        expected = "".join(f" [x] {log}\n" for log in logs)
+        eventually(lambda: file.read_text() == expected, "the file has all lines at once")
+        to_disk.kill()
+        to_disk.wait()
+        assert to_disk.stderr.read() == b""
+    assert file.read_text() == expected
+    assert to_screen.out.seen == expected.splitlines()
+
+
+def test_a_late_receiver_gets_what_is_emitted_from_then_on(terminals: Terminals) -> None:
+    """What was emitted before a receiver was there is not for it."""
+    early = receiver(terminals)
+    emit(terminals, "info: one")
+    late = receiver(terminals)
+    emit(terminals, "info: two")
+    early.expect(" [x] info: two")
+    late.expect(" [x] info: two")
+    assert early.out.seen == [" [x] info: one", " [x] info: two"]
+    assert late.out.seen == [" [x] info: two"]
+
+
+def test_rabbitmqctl_shows_the_exchange_and_a_binding_for_each_receiver(
+    own_broker: Broker, terminals: Terminals, amqp_url: str
+) -> None:
+    """list_exchanges has a fanout called logs; list_bindings has each receiver's queue."""
+    first, second = receiver(terminals), receiver(terminals)
+    assert first.process.poll() is None
+    assert second.process.poll() is None
+    virtual_host = amqp_url.rpartition("/")[2]
+    exchanges = own_broker.rabbitmqctl("-q", "-p", virtual_host, "list_exchanges")
+    assert "logs\tfanout" in exchanges.splitlines()
+    bindings = own_broker.rabbitmqctl("-q", "-p", virtual_host, "list_bindings")
+    bound = re.findall(r"^logs\texchange\t(amq\.gen-\S+)\tqueue\t", bindings, re.MULTILINE)
+    assert sorted(bound) == sorted(queue["name"] for queue in queues(own_broker, amqp_url))
+    assert len(bound) == 2
+
+
+def test_a_log_reaches_whatever_else_is_bound(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """An emitter knows the exchange alone: any queue may be bound to it."""
+    channel.exchange_declare("logs", exchange_type="fanout", durable=True)
+    channel.queue_declare("archive", durable=True)
+    channel.queue_bind("archive", "logs")
+    emit(terminals, "info: kept")
+    assert channel.basic_get("archive", auto_ack=True)[2] == b"info: kept"

@@ -1,0 +1,390 @@
+"""RPC: a call that crosses the broker."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import closing
+
+import pika
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.spec import Basic, BasicProperties
+
+from tests.broker import Broker, eventually
+from tests.proxy import ACK, Proxy
+from tests.terminal import ROOT, Script, Terminals, environment
+
+AWAITING = " [x] Awaiting RPC requests"
+Request = tuple[Basic.Deliver, BasicProperties, bytes]
+
+
+def server(terminals: Terminals, amqp_url: str | None = None) -> Script:
+    """Start a server and wait until it awaits requests."""
+    started = terminals.start("rpc/rpc_server.py", amqp_url=amqp_url)
+    started.expect(AWAITING)
+    return started
+
+
+def take(channel: BlockingChannel, number: int) -> list[Request]:
+    """Be a server: take this many requests from the queue."""
+    channel.queue_declare("rpc_queue", durable=True)
+    requests: list[Request] = []
+    for method, properties, body in channel.consume("rpc_queue", inactivity_timeout=15):
+        assert method and properties and body is not None, f"{len(requests)} of {number} came"  # noqa: PT018
+        requests.append((method, properties, body))
+        if len(requests) == number:
+            break
+    return requests
+
+
+def reply(channel: BlockingChannel, request: Request, answer: str, **other: str) -> None:
+    """Be a server: answer a request, perhaps with another correlation id."""
+    properties = {"correlation_id": request[1].correlation_id, "type": "result"} | other
+    channel.basic_publish(
+        "", request[1].reply_to, answer.encode(), pika.BasicProperties(**properties)
+    )
+
+
+class Caller:
+    """A client of the test's own, which may send what the shipped one would not."""
+
+    def __init__(self, channel: BlockingChannel) -> None:
+        self.channel = channel
+        self.queue = channel.queue_declare("", exclusive=True).method.queue
+
+    def request(self, body: bytes, **properties: object) -> str:
+        """Send a request, and return its correlation id."""
+        correlation_id = str(uuid.uuid4())
+        settings = {"reply_to": self.queue, "correlation_id": correlation_id} | properties
+        self.channel.basic_publish("", "rpc_queue", body, pika.BasicProperties(**settings))
+        return correlation_id
+
+    def answers(self, number: int) -> list[tuple[BasicProperties, bytes]]:
+        """Wait for this many answers."""
+        found: list[tuple[BasicProperties, bytes]] = []
+        for _, properties, body in self.channel.consume(self.queue, True, inactivity_timeout=30):
+            assert properties and body is not None, f"{len(found)} of {number} came"  # noqa: PT018
+            found.append((properties, body))
+            if len(found) == number:
+                break
+        self.channel.cancel()
+        return found
+
+
+@pytest.mark.parametrize(("n", "result"), [(0, 0), (1, 1), (4, 3), (30, 832040)])
+def test_a_call_returns_the_answer(terminals: Terminals, n: int, result: int) -> None:
+    """The client asks, blocks, and prints the answer."""
+    serving = server(terminals)
+    client = terminals.run("rpc/rpc_client.py", str(n))
+    assert client.out.all() == [f" [x] Requesting fib({n})", f" [.] Got {result}"]
+    assert client.err.all() == []
+    assert serving.out.seen == [AWAITING, f" [.] fib({n})"]
+
+
+def test_without_a_number_it_asks_for_the_thirtieth(terminals: Terminals) -> None:
+    """The number is 30 if none is given."""
+    server(terminals)
+    client = terminals.run("rpc/rpc_client.py")
+    assert client.out.all() == [" [x] Requesting fib(30)", " [.] Got 832040"]
+
+
+def test_a_call_blocks_until_the_answer_is_here(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """As long as the server is silent, the client waits and prints nothing more."""
+    channel.queue_declare("rpc_queue", durable=True)
+    client = terminals.start("rpc/rpc_client.py", "7")
+    (request,) = take(channel, 1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        client.process.wait(0.5)
+    assert client.out.seen == [" [x] Requesting fib(7)"]
+    reply(channel, request, "13")
+    assert client.wait() == 0
+    assert client.out.seen[-1] == " [.] Got 13"
+
+
+def test_the_client_is_a_class_for_programs_of_ones_own(terminals: Terminals) -> None:
+    """FibonacciRpcClient is imported, opened once, and called again and again."""
+    server(terminals)
+    program = (
+        "from rpc_client import FibonacciRpcClient, RpcError\n"
+        "with FibonacciRpcClient() as client:\n"
+        "    print(client.call(10), client.call(11, timeout=5), client.call_many([3, 2, 1]))\n"
+        "    try:\n"
+        "        client.call(-1)\n"
+        "    except RpcError as error:\n"
+        "        print(error)\n"
+        "    print(client.call_many([]), client.call(12))\n"
+        "    for timeout in (0, -1, float('nan'), float('inf'), 5_000_000):\n"
+        "        try:\n"
+        "            client.call(1, timeout=timeout)\n"
+        "        except ValueError as error:\n"
+        "            print('ValueError')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(terminals.amqp_url, PYTHONPATH=str(ROOT / "rpc")),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    expected = ["55 89 [2, 1, 1]", "fib(-1): not a whole number from 0 to 35", "[] 144"]
+    assert ended.stdout.splitlines() == expected + ["ValueError"] * 5
+    assert ended.stderr == ""
+
+
+def test_a_client_has_one_callback_queue_for_all_its_calls(
+    broker: Broker, terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """It is exclusive, the broker names it, and it is gone when the client is."""
+    channel.queue_declare("rpc_queue", durable=True)
+    client = terminals.start("rpc/rpc_client.py", "1", "2", "3")
+    requests = take(channel, 3)
+    callback_queues = {properties.reply_to for _, properties, _ in requests}
+    assert len(callback_queues) == 1
+    path = f"queues/{terminals.amqp_url.rpartition('/')[2]}"
+    (queue,) = [q for q in broker.api("GET", path) if q["name"] != "rpc_queue"]
+    assert {queue["name"]} == callback_queues
+    assert queue["exclusive"] is True
+    assert queue["name"].startswith("amq.gen-")
+    for request in requests:
+        reply(channel, request, "1")
+    assert client.wait() == 0
+    eventually(lambda: [q["name"] for q in broker.api("GET", path)] == ["rpc_queue"], "it is gone")
+
+
+def test_answers_in_another_order_go_to_their_requests(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """Each request has its own correlation id; the client prints in the order it asked."""
+    channel.queue_declare("rpc_queue", durable=True)
+    client = terminals.start("rpc/rpc_client.py", "7", "6", "5")
+    requests = take(channel, 3)
+    assert [body for _, _, body in requests] == [b"7", b"6", b"5"]
+    assert len({properties.correlation_id for _, properties, _ in requests}) == 3
+    for request, answer in zip(reversed(requests), ("5", "8", "13"), strict=True):
+        reply(channel, request, answer)
+    assert client.wait() == 0
+    assert client.out.seen[3:] == [" [.] Got 13", " [.] Got 8", " [.] Got 5"]
+
+
+def test_two_servers_answer_in_another_order(terminals: Terminals) -> None:
+    """The quick answer of one server overtakes the slow one of another; each finds its request."""
+    servers = [server(terminals) for _ in range(2)]
+    client = terminals.run("rpc/rpc_client.py", "30", "5", "12")
+    assert client.out.all()[3:] == [" [.] Got 832040", " [.] Got 5", " [.] Got 144"]
+    computed = sorted(line for each in servers for line in each.out.seen[1:])
+    assert computed == [" [.] fib(12)", " [.] fib(30)", " [.] fib(5)"]
+
+
+def test_an_answer_nobody_asked_for_is_ignored(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """An unknown correlation id, none at all, bytes that are no text: the client waits on."""
+    channel.queue_declare("rpc_queue", durable=True)
+    client = terminals.start("rpc/rpc_client.py", "7", "8")
+    first, second = take(channel, 2)
+    reply(channel, first, "666", correlation_id="unknown")
+    reply(channel, first, "666", correlation_id=b"\xff")  # type: ignore[arg-type]
+    channel.basic_publish("", first[1].reply_to, b"666")
+    reply(channel, first, "666", correlation_id="unknown", type="error")
+    reply(channel, first, "13")
+    reply(channel, first, "666")  # a second answer
+    reply(channel, second, "21")
+    assert client.wait() == 0
+    assert client.out.seen[2:] == [" [.] Got 13", " [.] Got 21"]
+    assert client.err.seen == []
+
+
+def test_an_answer_that_is_no_number_is_an_error(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """An answer that is not understood is no crash of the client: one line, exit status 1."""
+    channel.queue_declare("rpc_queue", durable=True)
+    client = terminals.start("rpc/rpc_client.py", "7")
+    (request,) = take(channel, 1)
+    reply(channel, request, "thirteen")
+    assert client.wait() == 1
+    assert client.err.seen == [" [!] fib(7): thirteen"]
+
+
+def test_a_server_killed_before_it_acknowledged_answers_twice(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """The request is still in the queue, so another server computes it again and answers, too."""
+
+    def watch(index: int, to_broker: bool) -> bool:
+        if to_broker and index == ACK:
+            dying.process.kill()
+            return False
+        return True
+
+    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
+        caller = Caller(channel)
+        dying = server(terminals, amqp_url=proxy.url)
+        correlation_id = caller.request(b"10")
+        assert dying.wait() == -9
+        server(terminals)
+        answers = caller.answers(2)
+    assert [(p.correlation_id, body) for p, body in answers] == [(correlation_id, b"55")] * 2
+
+
+def test_the_client_takes_the_first_of_two_answers(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """A request that two servers answered has one answer for the client, and so have the others."""
+
+    def watch(index: int, to_broker: bool) -> bool:
+        if to_broker and index == ACK:
+            dying.process.kill()
+            return False
+        return True
+
+    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
+        dying = server(terminals, amqp_url=proxy.url)
+        client = terminals.start("rpc/rpc_client.py", "--timeout", "60", "20", "21", "22")
+        assert dying.wait() == -9
+        assert dying.out.seen == [AWAITING, " [.] fib(20)"]
+        other = server(terminals)
+        assert client.wait() == 0
+    assert client.out.seen[3:] == [" [.] Got 6765", " [.] Got 10946", " [.] Got 17711"]
+    assert sorted(other.out.seen[1:]) == [" [.] fib(20)", " [.] fib(21)", " [.] fib(22)"]
+    assert channel.queue_declare("rpc_queue", passive=True).method.message_count == 0
+
+
+def test_a_server_killed_while_it_computes_is_replaced(terminals: Terminals) -> None:
+    """Another server answers, and the client notices nothing."""
+    dying = server(terminals)
+    client = terminals.start("rpc/rpc_client.py", "--timeout", "60", "32")
+    dying.expect(" [.] fib(32)")
+    dying.kill()
+    other = server(terminals)
+    assert client.wait(60) == 0
+    assert client.out.seen == [" [x] Requesting fib(32)", " [.] Got 2178309"]
+    assert client.err.seen == []
+    assert other.out.seen == [AWAITING, " [.] fib(32)"]
+
+
+def test_without_a_server_a_call_ends_in_the_time_given(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """The client raises a timeout; a server that starts later does not compute the request."""
+    channel.queue_declare("rpc_queue", durable=True)
+    client = terminals.start("rpc/rpc_client.py", "--timeout", "1.5", "30", "29")
+    client.expect(" [x] Requesting fib(29)")
+    assert client.wait() == 1
+    ended = time.monotonic()
+    assert client.err.seen == [" [!] No answer within 1.5 seconds"]
+    assert 1.4 < ended - client.out.times[-1] < 2.5
+
+    late = server(terminals)
+    terminals.run("rpc/rpc_client.py", "5")
+    assert late.out.seen == [AWAITING, " [.] fib(5)"]
+
+
+def test_where_no_server_has_ever_run_the_client_says_so_at_once(terminals: Terminals) -> None:
+    """There is no queue for the requests: they are returned, and nobody waits for an answer."""
+    client = terminals.run("rpc/rpc_client.py", "--timeout", "60", "30", "5", status=1)
+    assert client.out.all() == [" [x] Requesting fib(30)", " [x] Requesting fib(5)"]
+    assert client.err.all() == [" [!] fib(30): no queue 'rpc_queue': no server has run yet"]
+
+
+BAD_INPUT = {
+    "text": b"ten",
+    "negative": b"-1",
+    "too large": b"36",
+    "far too large": b"9" * 10_000,
+    "a fraction": b"1.5",
+    "nothing": b"",
+    "no text": b"\xff\xfe",
+    "two numbers": b"1 2",
+}
+
+
+def test_bad_input_comes_back_as_an_error(terminals: Terminals, channel: BlockingChannel) -> None:
+    """The caller gets an error, the server serves on."""
+    serving = server(terminals)
+    caller = Caller(channel)
+    for name, body in BAD_INPUT.items():
+        correlation_id = caller.request(body)
+        ((properties, answer),) = caller.answers(1)
+        assert properties.correlation_id == correlation_id, name
+        assert properties.type == "error", name
+        assert properties.content_type == "text/plain", name
+        assert answer == b"not a whole number from 0 to 35", name
+    caller.request(b"10")
+    ((properties, answer),) = caller.answers(1)
+    assert (properties.type, properties.content_type, answer) == ("result", "text/plain", b"55")
+    assert serving.out.seen == [AWAITING, " [.] fib(10)"]
+    assert serving.err.seen == []
+
+
+@pytest.mark.parametrize("n", ["-1", "36"])
+def test_the_client_shows_the_error_of_the_server(terminals: Terminals, n: str) -> None:
+    """One line on standard error, and exit status 1."""
+    server(terminals)
+    client = terminals.run("rpc/rpc_client.py", n, status=1)
+    assert client.err.all() == [f" [!] fib({n}): not a whole number from 0 to 35"]
+
+
+def test_a_request_with_no_address_is_dropped(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """Nobody waits for its answer: it is not computed, and the server serves on."""
+    serving = server(terminals)
+    channel.basic_publish("", "rpc_queue", b"30")
+    channel.basic_publish("", "rpc_queue", b"no number")
+    terminals.run("rpc/rpc_client.py", "6")
+    assert serving.out.seen == [AWAITING, " [.] fib(6)"]
+    assert channel.queue_declare("rpc_queue", passive=True).method.message_count == 0
+
+
+def fibs(processes: int, calls: int, n: int) -> float:
+    """Return the seconds that this many processes of pure computing need for their calls each."""
+    path = {"PYTHONPATH": str(ROOT / "rpc")}
+    program = f"from rpc_server import fib\nfor _ in range({calls}): fib({n})"
+    begin = time.monotonic()
+    command = [sys.executable, "-c", program]
+    running = [subprocess.Popen(command, env=environment(**path)) for _ in range(processes)]
+    for each in running:
+        assert each.wait() == 0
+    return time.monotonic() - begin
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_servers_share_the_load(terminals: Terminals) -> None:
+    """Two servers answer at least 1.6 times as many expensive calls as one in the same time, on a
+    machine that computes twice as much in two processes; on a busier one, as much less."""
+    numbers: Sequence[str] = ["27"] * 24
+    twice = 2 * fibs(1, 12, 27) / fibs(2, 12, 27)
+    seconds = []
+    servers = []
+    for _ in range(2):
+        servers.append(server(terminals))
+        client = terminals.run("rpc/rpc_client.py", "--timeout", "100", *numbers)
+        assert client.out.seen.count(" [.] Got 196418") == len(numbers)
+        begin = client.out.time_of(" [x] Requesting fib(27)")
+        seconds.append(client.out.times[-1] - begin)
+    answered = [each.out.seen.count(" [.] fib(27)") for each in servers]
+    assert sum(answered) == 2 * len(numbers)
+    assert seconds[0] / seconds[1] >= 0.8 * min(twice, 2), (seconds, twice, answered)
+
+
+def test_a_client_says_that_its_connection_is_lost(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """A client that waits for an answer ends with one line, instead of hanging."""
+    channel.queue_declare("rpc_queue", durable=True)
+    with closing(Proxy(terminals.amqp_url)) as proxy:
+        client = terminals.start("rpc/rpc_client.py", "--timeout", "60", amqp_url=proxy.url)
+        take(channel, 1)
+        proxy.close()
+        assert client.wait() == 1
+    (line,) = client.err.seen
+    assert re.fullmatch(r" \[!\] .*(lost|EOF|closed).*", line)

@@ -1,0 +1,412 @@
+"""Work queues: each task to exactly one worker."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pika
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.exceptions import ChannelClosedByBroker
+from pika.spec import Basic
+
+from tests.broker import Broker, eventually
+from tests.proxy import ACK, PUBLISH, Proxy
+from tests.terminal import ROOT, Script, Terminals
+
+WAITING = " [*] Waiting for tasks. To exit press CTRL+C"
+DONE = " [x] Done"
+
+
+def received(task: str, redelivered: bool = False) -> str:
+    """Return the line in which a worker says that it has received a task."""
+    return f" [x] Received '{task}'" + (" (redelivered)" if redelivered else "")
+
+
+def worker(
+    terminals: Terminals,
+    *options: str,
+    amqp_url: str | None = None,
+    script: str | Path = "work_queues/worker.py",
+) -> Script:
+    """Start a worker and wait until it waits for tasks."""
+    started = terminals.start(script, *options, amqp_url=amqp_url)
+    started.expect(WAITING)
+    return started
+
+
+def put(channel: BlockingChannel, *tasks: str) -> None:
+    """Put tasks into the queue in this order, as new_task.py does, and faster."""
+    channel.queue_declare("task_queue", durable=True)
+    for task in tasks:
+        channel.basic_publish(
+            "", "task_queue", task.encode(), pika.BasicProperties(delivery_mode=2)
+        )
+
+
+def tasks_of(script: Script) -> list[str]:
+    """Return the tasks that a worker has received, in order."""
+    found = [re.match(r" \[x\] Received '(.*)'", line) for line in script.out.seen]
+    return [match[1] for match in found if match]
+
+
+def ready(channel: BlockingChannel) -> int:
+    """Return how many tasks are ready in the queue, as the broker counts them."""
+    return int(channel.queue_declare("task_queue", passive=True).method.message_count)
+
+
+def counts(broker: Broker, amqp_url: str) -> tuple[int, int]:
+    """Return messages_ready and messages_unacknowledged, as rabbitmqctl shows them."""
+    columns = ("name", "messages_ready", "messages_unacknowledged")
+    virtual_host = amqp_url.rpartition("/")[2]
+    shown = broker.rabbitmqctl("-q", "-p", virtual_host, "list_queues", *columns)
+    row = next(line.split("\t") for line in shown.splitlines() if line.startswith("task_queue\t"))
+    return int(row[1]), int(row[2])
+
+
+@pytest.mark.parametrize("task", ["no dot", "one.", "first. second."])
+def test_each_dot_is_a_second_of_work(terminals: Terminals, task: str) -> None:
+    """A task takes as many seconds as it has dots."""
+    terminals.run("work_queues/new_task.py", task)
+    doing = worker(terminals)
+    doing.expect(DONE)
+    assert doing.out.seen == [WAITING, received(task), DONE]
+    seconds = doing.out.time_of(DONE) - doing.out.time_of(received(task))
+    assert task.count(".") - 0.05 < seconds < task.count(".") + 0.9
+
+
+def test_without_a_limit_tasks_are_dealt_out_in_turn(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """Three workers without a prefetch limit get equal numbers, one after the other."""
+    workers = [worker(terminals, "--prefetch", "0") for _ in range(3)]
+    put(channel, *(f"task {i}" for i in range(9)))
+    for each in workers:
+        each.expect(DONE, count=3)
+    assert sorted(tasks_of(each) for each in workers) == [
+        ["task 0", "task 3", "task 6"],
+        ["task 1", "task 4", "task 7"],
+        ["task 2", "task 5", "task 8"],
+    ]
+
+
+def test_automatic_acknowledgement_loses_what_a_killed_worker_had(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """With --auto-ack the task in the hands of a killed worker is lost, and those dealt to it."""
+    first, second = (worker(terminals, "--auto-ack") for _ in range(2))
+    put(channel, *(f"task {i}." for i in range(6)))
+    first.expect(received("task 0."))
+    second.expect(received("task 1."))
+    assert ready(channel) == 0  # all six were sent, and forgotten
+    first.kill()
+
+    second.expect(DONE, count=3)
+    put(channel, "after the kill")
+    second.expect(DONE, count=4)
+    assert tasks_of(first) == ["task 0."]
+    assert tasks_of(second) == ["task 1.", "task 3.", "task 5.", "after the kill"]
+    assert ready(channel) == 0  # so tasks 0, 2 and 4 are nowhere
+
+
+MOMENTS = {
+    "at the delivery": Basic.Deliver.INDEX,
+    "between its work and its acknowledgement": ACK,
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_worker_killed_at_any_moment_loses_nothing(
+    terminals: Terminals, channel: BlockingChannel, moment: str
+) -> None:
+    """A task not acknowledged goes to another worker within a second, marked as redelivered."""
+    killed: list[float] = []
+
+    def watch(index: int, _to_broker: bool) -> bool:
+        if index != MOMENTS[moment]:
+            return True
+        first.process.kill()
+        killed.append(time.monotonic())
+        return False
+
+    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
+        first = worker(terminals, amqp_url=proxy.url)
+        second = worker(terminals)
+        put(channel, "the task", "another")
+        second.expect(received("the task", redelivered=True))
+        second.expect(DONE, count=2)
+    assert first.wait() == -9
+    assert first.out.seen == [WAITING] + [received("the task"), DONE] * (
+        moment != "at the delivery"
+    )
+    assert tasks_of(second) == ["another", "the task"]
+    assert second.out.time_of(received("the task", redelivered=True)) - killed[0] < 1
+    assert second.stop() < 1
+    assert ready(channel) == 0
+
+
+def test_a_worker_killed_in_its_work_loses_nothing(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """All that was dealt to a killed worker goes to another, also what it had not begun."""
+    first = worker(terminals, "--prefetch", "0")
+    put(channel, "in hand....", "dealt out", "dealt out, too")
+    first.expect(received("in hand...."))
+    second = worker(terminals)
+    assert ready(channel) == 0
+    killed = time.monotonic()
+    first.kill()
+    second.expect(received("in hand....", redelivered=True))
+    assert second.out.times[-1] - killed < 1
+    second.kill()  # in the middle of it, once more
+    third = worker(terminals)
+    third.expect(DONE, count=3)
+    redelivered = {
+        received(t, redelivered=True) for t in ("in hand....", "dealt out", "dealt out, too")
+    }
+    assert redelivered < set(third.out.seen)
+
+
+def test_an_acknowledged_task_is_not_done_again(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """What a killed worker has acknowledged stays done: only the task in its hands comes back."""
+    first = worker(terminals)
+    put(channel, "done", "in hand.")
+    first.expect(received("in hand."))  # with a prefetch of one, "done" is acknowledged by now
+    first.kill()
+    second = worker(terminals)
+    second.expect(DONE)
+    assert second.out.seen == [WAITING, received("in hand.", redelivered=True), DONE]
+
+
+def test_a_task_may_take_longer_than_the_heartbeat(
+    broker: Broker, terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """A task of three heartbeats runs once, is acknowledged once, on one connection."""
+    virtual_host = terminals.amqp_url.rpartition("/")[2]
+
+    def connections() -> set[str]:
+        found = broker.api("GET", f"vhosts/{virtual_host}/connections")
+        return {each["name"] for each in found if each.get("timeout") == 2}
+
+    doing = worker(terminals, amqp_url=f"{terminals.amqp_url}?heartbeat=2")
+    put(channel, "a long task......")
+    doing.expect(received("a long task......"))
+    before = eventually(connections, "the broker shows the worker's connection")
+    doing.expect(DONE)
+
+    def stats() -> dict[str, int]:
+        queue = broker.api("GET", f"queues/{virtual_host}/task_queue")
+        return dict(queue.get("message_stats", {}))
+
+    eventually(lambda: stats().get("ack") == 1, "the broker counts one acknowledgement")
+    assert stats()["deliver"] == 1
+    assert stats().get("redeliver", 0) == 0
+    assert connections() == before
+    assert len(before) == 1
+    assert doing.err.seen == []
+
+
+def test_a_forgotten_acknowledgement_shows(
+    own_broker: Broker, terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """messages_unacknowledged grows with --forget-ack; the tasks come back when it quits."""
+    forgetful = worker(terminals, "--prefetch", "0", "--forget-ack")
+    for i in range(1, 4):
+        put(channel, f"task {i}")
+        forgetful.expect(DONE, count=i)
+        assert counts(own_broker, terminals.amqp_url) == (0, i)
+    forgetful.stop()
+    eventually(lambda: counts(own_broker, terminals.amqp_url) == (3, 0), "they are ready again")
+    other = worker(terminals)
+    other.expect(DONE, count=3)
+    assert other.out.seen[1::2] == [received(f"task {i}", redelivered=True) for i in range(1, 4)]
+
+
+def test_rabbitmqctl_shows_ready_and_unacknowledged_tasks(
+    own_broker: Broker, terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """While a task runs it is unacknowledged, and those behind it are ready."""
+    put(channel, "a....", "b", "c")
+    doing = worker(terminals)
+    doing.expect(received("a...."))
+    assert counts(own_broker, terminals.amqp_url) == (2, 1)
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_broker_restart_keeps_what_is_durable_and_persistent(
+    own_broker: Broker, terminals: Terminals, amqp_url: str, end: str
+) -> None:
+    """A persistent task in a durable queue is kept; a transient one is lost, and so is a queue
+    that is not durable, with all in it."""
+    terminals.run("work_queues/new_task.py", "persistent")
+    terminals.run("work_queues/new_task.py", "--transient", "transient")
+    connection = pika.BlockingConnection(pika.URLParameters(amqp_url))
+    channel = connection.channel()
+    assert ready(channel) == 2
+    try:
+        channel.queue_declare("not durable")
+    except ChannelClosedByBroker:
+        # Deprecated, and refused where the configuration says so (guide "Deprecated Features",
+        # transient_nonexcl_queues): what is left of such queues are the exclusive ones.
+        channel = connection.channel()
+        channel.queue_declare("not durable", exclusive=True)
+    channel.confirm_delivery()
+    channel.basic_publish("", "not durable", b"", pika.BasicProperties(delivery_mode=2), True)
+
+    getattr(own_broker, end)()
+    own_broker.start()
+
+    channel = pika.BlockingConnection(pika.URLParameters(amqp_url)).channel()
+    assert ready(channel) == 1
+    doing = worker(terminals)
+    doing.expect(DONE)
+    assert tasks_of(doing) == ["persistent"]
+    with pytest.raises(ChannelClosedByBroker, match="NOT_FOUND"):
+        channel.queue_declare("not durable", passive=True)
+
+
+@pytest.mark.parametrize("script", ["new_task.py", "worker.py"])
+def test_a_queue_keeps_its_settings(
+    terminals: Terminals, channel: BlockingChannel, script: str
+) -> None:
+    """A queue that exists is refused with other settings, and the script says so in one line."""
+    channel.queue_declare("task_queue", durable=True, arguments={"x-max-length": 5})
+    refused = terminals.run(f"work_queues/{script}", status=1)
+    assert refused.out.all() == []
+    (line,) = refused.err.all()
+    assert line.startswith(" [!] (406, \"PRECONDITION_FAILED - inequivalent arg 'x-max-length'")
+    assert channel.queue_declare("task_queue", passive=True).method.message_count == 0
+
+
+HEAVY_AND_LIGHT = [f"heavy {i}." if i % 2 else f"light {i}" for i in range(1, 7)]
+
+
+def share(terminals: Terminals, channel: BlockingChannel, prefetch: str) -> tuple[list[str], ...]:
+    """Let two workers do heavy and light tasks in turn, and return what each of them got."""
+    put(channel)
+    workers = [worker(terminals, "--prefetch", prefetch) for _ in range(2)]
+    put(channel, *HEAVY_AND_LIGHT)
+    eventually(
+        lambda: sum(each.out.seen.count(DONE) for each in workers) == len(HEAVY_AND_LIGHT),
+        "all tasks are done",
+    )
+    for each in workers:
+        each.stop()
+    return tasks_of(workers[0]), tasks_of(workers[1])
+
+
+def test_without_a_limit_one_worker_gets_all_heavy_tasks(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """Tasks are dealt out without a look at their weight: every second one is a heavy one."""
+    assert share(terminals, channel, prefetch="0") == (HEAVY_AND_LIGHT[::2], HEAVY_AND_LIGHT[1::2])
+
+
+def test_a_prefetch_of_one_is_fair(terminals: Terminals, channel: BlockingChannel) -> None:
+    """The next task goes to the worker that is free, and the same work is done sooner."""
+    begin = time.monotonic()
+    unfair = share(terminals, channel, prefetch="0")
+    middle = time.monotonic()
+    fair = share(terminals, channel, prefetch="1")
+    end = time.monotonic()
+
+    assert [sum("heavy" in task for task in tasks) for tasks in unfair] == [3, 0]
+    assert sorted(sum("heavy" in task for task in tasks) for tasks in fair) == [1, 2]
+    assert end - middle < middle - begin - 0.5, "two seconds are less than three"
+
+
+def test_a_task_is_sent_once_the_broker_confirms_it(terminals: Terminals) -> None:
+    """new_task.py says "Sent" when the broker's confirm is here, and not before."""
+    confirmed = threading.Event()
+    allowed = threading.Event()
+
+    def watch(index: int, _to_broker: bool) -> bool:
+        if index == ACK:
+            confirmed.set()
+            allowed.wait(10)
+        return True
+
+    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
+        producer = terminals.start("work_queues/new_task.py", amqp_url=proxy.url)
+        assert confirmed.wait(10), "the broker confirms the task"
+        with pytest.raises(subprocess.TimeoutExpired):
+            producer.process.wait(0.5)
+        assert producer.out.seen == []
+        allowed.set()
+        assert producer.wait() == 0
+    assert producer.out.seen == [" [x] Sent 'Hello...'"]
+
+
+def test_a_task_without_a_confirm_is_no_task_sent(terminals: Terminals) -> None:
+    """A connection that is lost before the confirm came makes an error."""
+
+    def watch(index: int, _to_broker: bool) -> bool:
+        if index == ACK:
+            proxy.close()
+        return index != ACK
+
+    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
+        producer = terminals.run("work_queues/new_task.py", amqp_url=proxy.url, status=1)
+    assert producer.out.all() == []
+    assert len(producer.err.all()) == 1
+
+
+def test_a_task_that_reaches_no_queue_is_an_error(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """A queue that is deleted before the task arrives: the task is returned, and that is said."""
+
+    def watch(index: int, _to_broker: bool) -> bool:
+        if index == PUBLISH:
+            channel.queue_delete("task_queue")
+        return True
+
+    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
+        producer = terminals.run("work_queues/new_task.py", amqp_url=proxy.url, status=1)
+    assert producer.out.all() == []
+    assert producer.err.all() == [" [!] Not sent: UnroutableError"]
+
+
+def test_a_task_that_the_broker_rejects_is_an_error(broker: Broker, terminals: Terminals) -> None:
+    """A full queue that rejects: the broker answers with a nack, and that is said."""
+    virtual_host = terminals.amqp_url.rpartition("/")[2]
+    full = {"max-length": 1, "overflow": "reject-publish"}
+    policy = {"pattern": ".*", "definition": full, "apply-to": "queues"}
+    broker.api("PUT", f"policies/{virtual_host}/full", policy)
+    terminals.run("work_queues/new_task.py", "fits")
+    producer = terminals.run("work_queues/new_task.py", "does not", status=1)
+    assert producer.out.all() == []
+    assert producer.err.all() == [" [!] Not sent: NackError"]
+
+
+def test_a_task_that_is_no_text_is_done_like_any_other(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """Bytes that are no UTF-8 bring no worker down; their dots are seconds as well."""
+    doing = worker(terminals)
+    terminals.run("work_queues/new_task.py", b"\xff\xfe.")
+    doing.expect(DONE)
+    assert doing.out.seen == [WAITING, received(r"\xff\xfe."), DONE]
+    put(channel, "next")
+    doing.expect(received("next"))
+
+
+def test_a_task_that_fails_goes_back_to_its_queue(
+    terminals: Terminals, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """Work of one's own may raise: the worker ends then, instead of keeping the task for ever."""
+    source = (ROOT / "work_queues/worker.py").read_text()
+    (tmp_path / "worker.py").write_text(source.replace("time.sleep(task", "time.sleep(-1 - task"))
+    failing = worker(terminals, script=tmp_path / "worker.py")
+    put(channel, "the task")
+    assert failing.wait() == 1
+    assert failing.err.seen[-1].startswith("ValueError")
+    doing = worker(terminals)
+    doing.expect(received("the task", redelivered=True))
