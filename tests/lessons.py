@@ -3,7 +3,7 @@
 A console block is what one terminal shows. Its first line names the terminal, as in `# worker 1`.
 Blocks with the same name are the same terminal: one bash, open through the whole document. In them
 
-- `$ COMMAND` is typed at the prompt, and `^C` is Ctrl+C;
+- `$ COMMAND` is typed at the prompt, and so is `> MORE` of a command that goes on; `^C` is Ctrl+C;
 - each other line is output, and must come next in this terminal. `…` stands for any text in a
   line; a line that is only `…` stands for any number of lines, also none.
 
@@ -89,7 +89,8 @@ class Step:
 
     @property
     def is_command(self) -> bool:
-        return self.text.startswith("$ ")
+        """Whether this line is typed, behind bash's prompt or its prompt for more."""
+        return self.text.startswith(("$ ", "> "))
 
     def matches(self, came: str) -> bool:
         """Tell whether this line of the text is the line that came."""
@@ -169,7 +170,7 @@ class Terminal:
         attributes[3] &= ~termios.ECHO  # what is typed is not output
         termios.tcsetattr(keyboard, termios.TCSANOW, attributes)
         fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("4H", 50, WIDTH, 0, 0))
-        plain = {"PS1": PROMPT, "PS2": "", "TERM": "dumb", "NO_COLOR": "1", "LC_ALL": "C.UTF-8"}
+        plain = {"PS1": PROMPT, "PS2": PROMPT, "TERM": "dumb", "NO_COLOR": "1", "LC_ALL": "C.UTF-8"}
         # The terminal that a session's leader opens becomes the session's own: so there are jobs.
         bash = 'exec bash --norc --noprofile --noediting -i <"$0" >"$0" 2>&1'
         self._bash = subprocess.Popen(
@@ -186,12 +187,12 @@ class Terminal:
         """Whether bash waits for a command."""
         return self._prompts > self._typed
 
-    def type(self, command: str) -> None:
-        """Type a command and Enter."""
-        if self._show and command:
-            self._show(self.name, f"$ {command}")
+    def type(self, line: str) -> None:
+        """Type what stands behind the prompt in this line, and Enter."""
+        if self._show and line.strip("$ "):
+            self._show(self.name, line)
         self._typed += 1
-        os.write(self.screen, os.fsencode(f"{command}\n"))
+        os.write(self.screen, os.fsencode(f"{line[2:]}\n"))
 
     def interrupt(self) -> None:
         """Press Ctrl+C."""
@@ -295,7 +296,7 @@ class Player:
             self._wait_for_prompt(terminal, step)
             self._refuse_more(terminal, step)
             terminal.skipping = False
-            terminal.type(step.text.removeprefix("$ "))
+            terminal.type(step.text)
         elif step.text == "^C":
             self._refuse_more(terminal, step)
             if terminal.at_prompt:
@@ -319,7 +320,7 @@ class Player:
                     raise step.fails(f"the text shows\n{step.text}\nbut what came is\n{line}")
                 terminal.read += 1
             if JOB_ENDED.match(step.text) and terminal.at_prompt:
-                terminal.type("")
+                terminal.type("$ ")
         seen = "\n".join(terminal.came[-10:])
         raise step.fails(
             f"the text shows\n{step.text}\nbut it did not come within {self._timeout:g} seconds. "

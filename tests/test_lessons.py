@@ -51,6 +51,10 @@ $ sleep 60 &
 ^C
 $ echo again
 again
+$ cat <<END
+> a line
+> END
+a line
 ```
 
 ```console
@@ -78,15 +82,17 @@ def test_a_true_text_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "where", "why"),
     [
-        pytest.param("again\n`", "agian\n`", "line 24", "what came is\nagain", id="changed word"),
+        pytest.param("\nagain", "\nagian", "line 24", "what came is\nagain", id="changed word"),
         pytest.param("first\nno", "no", "line 6", "what came is\nfirst", id="missing line"),
         pytest.param("line 3\n", "line 3\nline 4\n", "line 16", "did not come", id="extra line"),
         pytest.param("no end of line\n$", "$", "line 7", "not show\nno end", id="untold output"),
-        pytest.param("again\n`", "`", "line 23", "not show\nagain", id="untold output at the end"),
+        pytest.param(
+            "a line\n```", "```", "line 27", "not show\na line", id="untold output at the end"
+        ),
         pytest.param("^C\n", "", "line 8", "did not end", id="not at the prompt"),
-        pytest.param("cat /dev/null", "cat", "line 31", "did not end", id="not at its end"),
+        pytest.param("cat /dev/null", "cat", "line 35", "did not end", id="not at its end"),
         pytest.param("$ cat\n", "$ echo\n\n", "line 23", "could stop", id="nothing to interrupt"),
-        pytest.param("# two\n$ kill", "$ kill", "line 27", "its terminal's name", id="no name"),
+        pytest.param("# two\n$ kill", "$ kill", "line 31", "its terminal's name", id="no name"),
     ],
 )
 def test_a_wrong_text_fails(tmp_path: Path, old: str, new: str, where: str, why: str) -> None:
