@@ -51,5 +51,5 @@ VENV_PACKAGE = $(notdir $(PYTHON))-venv
 		fi; }
 	@echo 'Making .venv'
 	@$(PYTHON) -m venv --clear .venv
-	@.venv/bin/pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	@.venv/bin/pip install -qq --disable-pip-version-check -e '.[test,lint]'
 	@touch $@

@@ -21,6 +21,7 @@ from tests.broker import (
     find_server,
     free_port,
     install,
+    speaks_amqp,
 )
 from tests.terminal import Script, Terminals, environment
 
@@ -211,14 +212,11 @@ def test_make_broker_keeps_one_until_it_is_interrupted(pytestconfig: pytest.Conf
         kept.stop()
         assert kept.process.returncode == 0
         assert "Traceback" not in "\n".join(kept.err.seen)
-        if chosen == "container":
-            running = ["docker", "ps", "-q", "--filter", f"name={project}"]
-            assert subprocess.check_output(running) == b""
-        else:
-            home = re.search(r"HOME=(\S+)", alias)
-            assert home
-            assert not Path(home[1]).exists()
-            assert home[1] not in subprocess.check_output(["ps", "-eww", "-o", "args"], text=True)
+        assert not speaks_amqp(port)
+        if chosen == "local":
+            its = dict(re.findall(r"(HOME|ERL_EPMD_PORT)=(\S+)", alias))
+            assert not Path(its["HOME"]).exists()
+            assert not speaks_amqp(int(its["ERL_EPMD_PORT"]))  # nobody listens there
     finally:
         kept.kill()
         terminals.close()
