@@ -12,11 +12,13 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from tests.broker import Broker, NoBroker, start
 from tests.lessons import LESSONS, LessonError, Player, console_blocks
+from tests.stage import copy_tutorial, terminal_path
 from tests.terminal import environment
 
 SECTION = "Run it"
@@ -24,7 +26,6 @@ SECTION = "Run it"
 
 def play(documents: Sequence[Path], broker: Broker) -> None:
     """Play the section of each document in a virtual host of its own. Raises LessonError."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for document in documents:
         story = console_blocks(document, SECTION)
         width = max((len(block.terminal) for block in story), default=0)
@@ -36,7 +37,10 @@ def play(documents: Sequence[Path], broker: Broker) -> None:
         print(f"\n=== {title[1] if title else document.parent.name}\n", flush=True)
         with (
             broker.virtual_host(f"demo-{os.getpid()}") as url,
-            Player(environment(url, PATH=path), show=show) as player,
+            tempfile.TemporaryDirectory() as folder,
+            Player(
+                environment(url, PATH=terminal_path()), copy_tutorial(Path(folder)), show
+            ) as player,
         ):
             player.play(story)
 

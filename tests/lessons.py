@@ -14,6 +14,7 @@ prompt when the next command, or the end of the document, is due.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import fcntl
 import os
 import pty
@@ -201,6 +202,18 @@ class Terminal:
         self._interrupted = True
         os.write(self.screen, b"\x03")
 
+    def idle(self) -> bool:
+        """Tell whether all threads of what runs in the foreground wait for something."""
+        foreground = os.tcgetpgrp(self.screen)
+        states = set()
+        for path in Path("/proc").glob("[0-9]*/task/*/stat"):  # there are none but on Linux
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                stat = path.read_text(errors="replace")
+                state, _parent, group, *_ = stat.rpartition(")")[2].split()
+                if int(group) == foreground:
+                    states.add(state)
+        return states.isdisjoint("RD")  # none runs, or waits for a disk
+
     def receive(self) -> None:
         """Take in what the terminal has printed. Raises OSError when it is closed."""
         for part in re.split(rf"([\n{PROMPT}])", self._decode(os.read(self.screen, 65536))):
@@ -301,6 +314,7 @@ class Player:
             self._refuse_more(terminal, step)
             if terminal.at_prompt:
                 raise step.fails("nothing runs that Ctrl+C could stop")
+            self._let_finish(terminal)
             terminal.interrupt()
         elif step.text == ANYTHING:
             terminal.skipping = True
@@ -336,6 +350,16 @@ class Player:
             f"what runs there did not end within {self._timeout:g} seconds"
             + (f", and the text does not show that it printed\n{came}" if came else "")
         )
+
+    def _let_finish(self, terminal: Terminal) -> None:
+        """Let what runs there do what is left to do after its last line, for a second at most.
+
+        No reader is as fast as this program, which would press Ctrl+C between the line that says
+        that a task is done and its acknowledgement.
+        """
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline and not (terminal.idle() and terminal.idle()):
+            self._receive(0.02)
 
     def _refuse_more(self, terminal: Terminal, step: Step) -> None:
         """Fail if there came more than the text has shown up to this step."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -41,6 +42,19 @@ esac
 echo "docker: this stand-in cannot do: $*" >&2
 exit 1
 """
+
+
+def copy_tutorial(folder: Path) -> Path:
+    """Copy what a reader has to a new folder in this one, where lessons may leave files."""
+    hidden = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "*.log")
+    return shutil.copytree(ROOT, folder / "tutorial", ignore=hidden)
+
+
+def terminal_path(*folders: Path) -> str:
+    """Return the PATH of the terminals: these folders, this interpreter's, and the usual ones."""
+    return os.pathsep.join(
+        [*map(str, folders), str(Path(sys.executable).parent), os.environ["PATH"]]
+    )
 
 
 def has_compose() -> bool:
@@ -111,23 +125,17 @@ def stage(broker: Broker, folder: Path) -> Iterator[dict[str, str]]:
     On a broker that was started here, the lessons have the default virtual host, emptied; on any
     other one they have a virtual host of their own, and no `docker compose`.
     """
-    with contextlib.ExitStack() as stack:
-        path = [str(Path(sys.executable).parent), os.environ["PATH"]]
-        if not broker.owned:
-            yield environment(
-                stack.enter_context(broker.virtual_host(f"lesson-{os.getpid()}")),
-                PATH=os.pathsep.join(path),
-            )
-            return
-        settings = {}
-        if isinstance(broker, Compose):
-            settings = broker.settings
-        else:
-            stack.enter_context(docker_stand_in(broker, folder))
-            path.insert(0, str(folder))
-        broker.api("DELETE", "vhosts/%2F")
-        broker.api("PUT", "vhosts/%2F", {})
-        yield environment(broker.amqp_url, PATH=os.pathsep.join(path), **settings)
+    if not broker.owned:
+        with broker.virtual_host(f"lesson-{os.getpid()}") as url:
+            yield environment(url, PATH=terminal_path())
+        return
+    broker.api("DELETE", "vhosts/%2F")
+    broker.api("PUT", "vhosts/%2F", {})
+    if isinstance(broker, Compose):
+        yield environment(broker.amqp_url, PATH=terminal_path(), **broker.settings)
+    else:
+        with docker_stand_in(broker, folder):
+            yield environment(broker.amqp_url, PATH=terminal_path(folder))
 
 
 @contextlib.contextmanager

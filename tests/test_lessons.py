@@ -6,7 +6,6 @@ The first tests are about the player itself: a text that is wrong must not pass.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from tests.lessons import (
     console_blocks,
     has_excerpt,
 )
-from tests.stage import Compose, has_compose, stage
+from tests.stage import Compose, copy_tutorial, has_compose, stage
 from tests.terminal import ROOT, environment
 
 GOOD = """\
@@ -144,8 +143,7 @@ def test_what_the_terminals_show_is_what_happens(
     assert story
     if not lesson_broker.owned and any("$ docker " in block.source for block in story):
         pytest.skip("restarts and administers its broker: --broker container or local")
-    hidden = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "*.log")
-    folder = shutil.copytree(ROOT, tmp_path / "tutorial", ignore=hidden)
+    folder = copy_tutorial(tmp_path)
     (tmp_path / "bin").mkdir()
     with stage(lesson_broker, tmp_path / "bin") as env, Player(env, folder, timeout=30) as player:
         player.play(story)
