@@ -204,6 +204,10 @@ class Container(Broker):
     def __init__(self, image: str = IMAGE) -> None:
         port, management_port = free_port(), free_port()
         self.kind = f"in a container of {image}"
+        # testcontainers' helper removes what a killed run leaves behind; a run can do without it.
+        settings = testcontainers_config
+        if not settings.ryuk_disabled and container_problem(settings.ryuk_image):
+            settings.ryuk_disabled = True
         self._container = DockerContainer(image)
         self._container.with_bind_ports(5672, port).with_bind_ports(15672, management_port)
         try:
@@ -359,17 +363,14 @@ def container_problem(image: str = IMAGE) -> str | None:
         return (
             f"No Docker engine {'lets this user in' if 'Permission' in str(error) else 'answers'}"
         )
-    # testcontainers has a helper, which removes the containers of a run that was killed.
-    helper = [] if testcontainers_config.ryuk_disabled else [testcontainers_config.ryuk_image]
-    for needed in [image, *helper]:
+    try:
+        client.images.get(image)
+    except docker.errors.ImageNotFound:
+        print(f"Pulling the image {image}", flush=True)
         try:
-            client.images.get(needed)
-        except docker.errors.ImageNotFound:
-            print(f"Pulling the image {needed}", flush=True)
-            try:
-                client.images.pull(needed)
-            except (docker.errors.DockerException, requests.RequestException):
-                return f"The image {needed} is not here, and cannot be pulled"
+            client.images.pull(image)
+        except (docker.errors.DockerException, requests.RequestException):
+            return f"The image {image} is not here, and cannot be pulled"
     return None
 
 
@@ -484,6 +485,8 @@ def serve(choice: str = "auto") -> None:
         print(f"RabbitMQ is on localhost:{port}, until Ctrl+C.")
         print(f"Its management page is http://localhost:{management_port} (guest, guest).")
         print("For your other terminals:")
+        if sys.prefix != sys.base_prefix:
+            print(f"    . {os.path.relpath(sys.prefix)}/bin/activate")
         if port != 5672:
             print(f"    export AMQP_URL=amqp://guest:guest@localhost:{port}/%2F")
         print(f"    alias rabbitmqctl={shlex.quote(shlex.join(rabbitmqctl))}", flush=True)
