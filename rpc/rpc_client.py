@@ -9,9 +9,8 @@ import uuid
 from collections.abc import Sequence
 
 import pika
-from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import AMQPConnectionError, AMQPError
-from pika.spec import Basic, BasicProperties
+from pika.spec import BasicProperties
 
 AMQP_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
@@ -42,7 +41,7 @@ class FibonacciRpcClient:
 
     def __init__(self) -> None:
         self.waiting: set[str] = set()  # the correlation ids of the requests without an answer
-        self.answers: dict[str, tuple[str | None, bytes]] = {}
+        self.answers: dict[str, tuple[str | None, bytes]] = {}  # by correlation id
         self.connection = connect()
         self.channel = self.connection.channel()
         self.callback_queue = self.channel.queue_declare("", exclusive=True).method.queue
@@ -56,21 +55,14 @@ class FibonacciRpcClient:
         if self.connection.is_open:
             self.connection.close()
 
-    def on_answer(
-        self, _c: BlockingChannel, _m: Basic.Deliver, answer: BasicProperties, body: bytes
-    ) -> None:
-        self.settle(answer.correlation_id, answer.type, body)
+    def on_answer(self, _c: object, _m: object, answer: BasicProperties, body: bytes) -> None:
+        if answer.correlation_id in self.waiting:  # not a second answer, nor another's
+            self.waiting.remove(answer.correlation_id)
+            self.answers[answer.correlation_id] = answer.type, body
 
-    def on_return(
-        self, _c: BlockingChannel, _m: Basic.Return, request: BasicProperties, _body: bytes
-    ) -> None:
-        self.settle(request.correlation_id, "error", b"no queue 'rpc_queue': no server has run yet")
-
-    def settle(self, correlation_id: str | None, kind: str | None, body: bytes) -> None:
-        """Keep the first answer to a request. Another one, or one to no request, is ignored."""
-        if correlation_id in self.waiting:
-            self.waiting.remove(correlation_id)
-            self.answers[correlation_id] = kind, body
+    def on_return(self, _c: object, _m: object, request: BasicProperties, _body: bytes) -> None:
+        request.type = "error"
+        self.on_answer(_c, _m, request, b"no queue 'rpc_queue': no server has run yet")
 
     def call(self, n: int, timeout: float = 10) -> int:
         """Return the n-th Fibonacci number; timeout and errors are those of call_many."""
