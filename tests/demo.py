@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.broker import Broker, NoBroker, start
@@ -24,17 +24,21 @@ from tests.terminal import environment
 SECTION = "Run it"
 
 
-def play(documents: Sequence[Path], broker: Broker) -> None:
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def play(documents: Sequence[Path], broker: Broker, say: Callable[[str], None] = say) -> None:
     """Play the section of each document in a virtual host of its own. Raises LessonError."""
     for document in documents:
         story = console_blocks(document, SECTION)
         width = max((len(block.terminal) for block in story), default=0)
 
         def show(terminal: str, line: str, width: int = width) -> None:
-            print(f"{terminal:<{width}} | {line}", flush=True)
+            say(f"{terminal:<{width}} | {line}")
 
         title = re.search(r"^# +(.*\S)", document.read_text(encoding="utf-8"), re.MULTILINE)
-        print(f"\n=== {title[1] if title else document.parent.name}\n", flush=True)
+        say(f"\n=== {title[1] if title else document.parent.name}\n")
         with (
             broker.virtual_host(f"demo-{os.getpid()}") as url,
             tempfile.TemporaryDirectory() as folder,
@@ -54,9 +58,9 @@ def main() -> None:
     broker = None
     try:
         broker = start(options.broker)
-        print(broker, flush=True)
+        say(str(broker))
         play(LESSONS, broker)
-        print("\n=== All lessons went as their texts say", flush=True)
+        say("\n=== All lessons went as their texts say")
     except NoBroker as error:
         sys.exit(f" [!] {error}")
     except LessonError as error:
