@@ -23,7 +23,7 @@ from tests.lessons import (
     has_excerpt,
 )
 from tests.stage import Compose, copy_tutorial, has_compose, stage
-from tests.terminal import ROOT, environment
+from tests.terminal import ROOT, TIMEOUT, environment
 
 GOOD = """\
 # A lesson
@@ -65,11 +65,11 @@ $ cat /dev/null
 """
 
 
-def play(text: str, folder: Path) -> None:
+def play(text: str, folder: Path, timeout: float = TIMEOUT) -> None:
     """Play a lesson with this text in a folder of its own."""
     document = folder / "README.md"
     document.write_text(text)
-    with Player(environment(), folder, timeout=2) as player:
+    with Player(environment(), folder, timeout=timeout) as player:
         player.play(console_blocks(document))
 
 
@@ -97,8 +97,9 @@ def test_a_true_text_passes(tmp_path: Path) -> None:
 def test_a_wrong_text_fails(tmp_path: Path, old: str, new: str, where: str, why: str) -> None:
     """A text that differs from what happens fails, and the failure says where and how."""
     assert GOOD.count(old) == 1
+    timeout = 3 if why.startswith("did not") else TIMEOUT
     with pytest.raises(LessonError, match=rf"README.md, {where}\b(.|\n)*{re.escape(why)}"):
-        play(GOOD.replace(old, new), tmp_path)
+        play(GOOD.replace(old, new), tmp_path, timeout)
 
 
 def test_a_block_can_be_left_out_with_a_reason(tmp_path: Path) -> None:
