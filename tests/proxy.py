@@ -29,7 +29,7 @@ class Proxy:
     def __init__(self, amqp_url: str, watch: Watch = lambda *_: True) -> None:
         """Stand before the broker at `amqp_url`; `url` is then the address to give to a script."""
         parts = urlsplit(amqp_url)
-        self._broker = (parts.hostname, parts.port)
+        self._broker = (parts.hostname, parts.port or 5672)
         self._watch = watch
         self._sockets: list[socket.socket] = []
         self.connections = 0
