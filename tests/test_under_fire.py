@@ -1,0 +1,440 @@
+"""Endurance: nothing is lost, answered wrongly or brought down while processes and brokers die.
+
+What is killed, and when, is told by counting the lines that the scripts print, at line numbers
+drawn by a seeded random generator. So a kill finds the scripts in the middle of whatever they do,
+and a busy machine changes how long a test takes, not what it does.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import random
+import re
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from decimal import Decimal
+from typing import Any
+
+import pika
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.spec import BasicProperties
+
+from tests.broker import Broker, eventually
+from tests.terminal import TIMEOUT, Script, Terminals, environment
+
+PATIENCE = 30  # seconds without a single line, after which something has been lost or hangs
+
+
+class Crew:
+    """Scripts of one kind. Whoever is killed is replaced; the lines of all come in one queue."""
+
+    def __init__(self, terminals: Terminals, size: int, *command: str) -> None:
+        self.terminals = terminals
+        self.command = command
+        self.lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        self.everyone: list[Script] = []  # those killed, too
+        self.killed = 0
+        self.members = [self.start() for _ in range(size)]
+
+    def start(self, *more: str) -> Script:
+        """Start one more, whose lines come with its number, counted from 1."""
+        number = len(self.everyone) + 1
+        command = [sys.executable, *self.command, *more]
+        script = Script(
+            command,
+            environment(self.terminals.amqp_url),
+            echo=lambda line: self.lines.put((number, line)),
+        )
+        self.terminals.scripts.append(script)  # which kills it at last
+        self.everyone.append(script)
+        return script
+
+    def kill_one(self, rng: random.Random) -> None:
+        """Kill one that serves, or else one that is just starting, and start another."""
+        serving = [member for member in self.members if member.out.seen]
+        victim = rng.choice(serving or self.members)
+        victim.kill()
+        self.members[self.members.index(victim)] = self.start()
+        self.killed += 1
+
+    def complaints(self) -> list[str]:
+        """Return what was printed on standard error, but for that RabbitMQ is away."""
+        return [
+            line
+            for script in self.everyone
+            for line in script.err.seen
+            if not re.fullmatch(r" \[!\] .+; trying again every second", line)
+        ]
+
+    def read(self) -> Iterator[tuple[int, str]]:
+        """Give number and line for each line printed, until none comes for a long time."""
+        while True:
+            try:
+                yield self.lines.get(timeout=PATIENCE)
+            except queue.Empty:
+                return
+
+
+def test_tasks_under_fire(own_broker: Broker, terminals: Terminals, figures: list[str]) -> None:
+    """Every confirmed task is done, however often workers and the broker are killed.
+
+    Most tasks are published by one producer of the test's own, which sends what new_task.py sends;
+    every eighth comes from new_task.py itself. Every 40th task takes a second, the others none.
+    A task counts as done when a worker has printed so, after it has printed to have received it.
+    """
+    rng = random.Random(3)
+    tasks = [f"task-{n}" + "." * (n % 40 == 20) for n in range(500)]
+    lines_at_least = 2 * len(tasks)  # received, done
+    kill_at = set(rng.sample(range(lines_at_least), 32))
+    outage_at = set(rng.sample(range(lines_at_least), 3))
+
+    confirmed: set[str] = set()
+    done: Counter[str] = Counter()
+    redelivered = 0
+    ahead = threading.Semaphore(30)  # how many tasks the producer may be ahead of the workers
+    broker_is_up = threading.Event()
+    broker_is_up.set()
+    over = threading.Event()
+
+    def publish(mine: list[str]) -> None:
+        channel: BlockingChannel | None = None
+        for task in mine:
+            ahead.acquire()
+            while task not in confirmed and not over.is_set():
+                try:
+                    if channel is None:
+                        channel = pika.BlockingConnection(
+                            pika.URLParameters(terminals.amqp_url)
+                        ).channel()
+                        channel.confirm_delivery()
+                    channel.basic_publish(
+                        exchange="",
+                        routing_key="task_queue",
+                        body=task.encode(),
+                        properties=pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent),
+                        mandatory=True,
+                    )
+                    confirmed.add(task)
+                except Exception:  # whatever it was, the task is not confirmed
+                    channel = None
+                    broker_is_up.wait()
+
+    def send(mine: list[str]) -> None:
+        for task in mine:
+            while task not in confirmed and not over.is_set():
+                sender = terminals.start("work_queues/new_task.py", task)
+                sender.wait()
+                if f" [x] Sent '{task}'" in sender.out.seen:
+                    confirmed.add(task)
+                else:
+                    broker_is_up.wait()
+
+    workers = Crew(terminals, 4, "work_queues/worker.py")
+    for worker in workers.members:
+        worker.expect(" [*] Waiting for tasks. To exit press CTRL+C")
+    in_hand: dict[int, str] = {}
+    lines = 0
+    outages = 0
+    with ThreadPoolExecutor() as threads:
+        producers = [
+            threads.submit(publish, [task for n, task in enumerate(tasks) if n % 8]),
+            threads.submit(send, tasks[::8]),
+        ]
+        try:
+            for worker_number, line in workers.read():
+                received = re.fullmatch(r" \[x\] Received '(.*)'( \(redelivered\))?", line)
+                if received:
+                    in_hand[worker_number] = received[1]
+                    redelivered += bool(received[2])
+                elif line == " [x] Done":
+                    task = in_hand.pop(worker_number)
+                    done[task] += 1
+                    if done[task] == 1:
+                        ahead.release()
+                else:
+                    continue
+                if len(done) == len(tasks):
+                    break
+                if lines in kill_at:
+                    workers.kill_one(rng)
+                if lines in outage_at:
+                    broker_is_up.clear()
+                    own_broker.kill()
+                    workers.kill_one(rng)
+                    own_broker.start()
+                    broker_is_up.set()
+                    outages += 1
+                lines += 1
+        finally:
+            over.set()
+            broker_is_up.set()
+            ahead.release(len(tasks))
+    lost = confirmed - set(done)
+    figures.append(
+        f"tasks under fire: {len(confirmed)} confirmed, {len(done)} done, "
+        f"{sum(times > 1 for times in done.values())} done twice, {len(lost)} lost; "
+        f"{redelivered} redelivered; {workers.killed} workers and {outages} brokers killed"
+    )
+    for producer in producers:
+        producer.result()
+    assert not lost
+    assert len(confirmed) == len(tasks)
+    assert workers.killed >= 30
+    assert outages >= 3
+    assert workers.complaints() == []
+    assert all(worker.process.poll() is None for worker in workers.members)
+
+
+# One call after another, or a few at once. One in ten is given so little time that its answer is
+# often late, and comes while the client waits for the next one.
+RPC_CLIENT = """
+import json, random, sys, time
+sys.path.insert(0, "rpc")
+from rpc_client import FibonacciRpcClient
+
+rng = random.Random(int(sys.argv[1]))
+at_once = int(sys.argv[2])
+with FibonacciRpcClient() as client:
+    for batch in range(100 // at_once):
+        numbers = [rng.randint(18, 27) for _ in range(at_once)]
+        timeout = rng.uniform(0.005, 0.05) if batch % 10 == 5 else 20
+        begin = time.monotonic()
+        try:
+            results = client.call_many(numbers, timeout)
+        except TimeoutError:
+            results = None
+        late = time.monotonic() - begin - timeout
+        print(json.dumps([numbers, timeout, results, late]), flush=True)
+"""
+
+
+def test_rpc_under_fire(terminals: Terminals, figures: list[str]) -> None:
+    """Every call returns the right number or raises a timeout in time, while servers are killed.
+
+    A call that is given much time is always answered: what a killed server was about goes to
+    another.
+    """
+    rng = random.Random(3)
+    fibonacci = [0, 1]
+    while len(fibonacci) <= 35:
+        fibonacci.append(fibonacci[-2] + fibonacci[-1])
+    kill_at = set(rng.sample(range(160), 20))  # 180 calls or more are computed: see RPC_CLIENT
+
+    servers = Crew(terminals, 3, "rpc/rpc_server.py")
+    for server in servers.members:
+        server.expect(" [x] Awaiting RPC requests")
+    clients = Crew(terminals, 0, "-c", RPC_CLIENT)
+    clients.lines = servers.lines
+    running = [clients.start("1", "1"), clients.start("2", "5")]
+
+    computed = 0
+    for _number, line in servers.read():
+        if line.startswith(" [.] fib("):
+            if computed in kill_at:
+                servers.kill_one(rng)
+            computed += 1
+        if sum(len(client.out.seen) for client in running) == 120:
+            break
+    statuses = [client.wait() for client in running]
+    right = wrong = timed_out = given_up = 0
+    overdue = 0.0
+    for client in running:
+        for numbers, timeout, results, late in map(json.loads, client.out.seen):
+            overdue = max(overdue, late)
+            if results is None:
+                timed_out += len(numbers)
+                given_up += timeout == 20
+            else:
+                good = [fibonacci[n] == result for n, result in zip(numbers, results, strict=True)]
+                right += sum(good)
+                wrong += len(good) - sum(good)
+    figures.append(
+        f"RPC under fire: {right + wrong + timed_out} calls, {right} right, {timed_out} timed out, "
+        f"{wrong} wrong; {computed} computed, {servers.killed} servers killed"
+    )
+    assert statuses == [0, 0], "\n".join(map(str, running))
+    assert wrong == 0
+    assert given_up == 0
+    assert right + timed_out == 200
+    assert overdue < TIMEOUT
+    assert servers.killed >= 15
+    assert servers.complaints() == []
+    assert all(server.process.poll() is None for server in servers.members)
+
+
+# Whatever pika can send and RabbitMQ takes. RabbitMQ itself refuses a user_id that isn't the
+# sender's, an expiration that is no number of milliseconds, a delivery mode other than 1 and 2,
+# headers named CC or BCC that are no lists of strings, and the address amq.rabbitmq.reply-to of one
+# who does not consume from it, so a consumer never gets to see those.
+short_strings = st.text(max_size=60) | st.binary(max_size=255)  # at most 255 bytes
+header_names = short_strings.filter(lambda name: name not in ("CC", "BCC", b"CC", b"BCC"))
+plain_values = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.builds(
+        lambda n, places: Decimal(n).scaleb(-places),
+        st.integers(-(2**31), 2**31 - 1),
+        st.integers(0, 15),
+    )
+    | st.integers(0, 253402300799).map(lambda n: datetime.fromtimestamp(n, timezone.utc))
+    | st.text()
+    | st.binary()
+)
+
+
+def nested(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Give the values, and lists and tables of them."""
+    return (
+        values | st.lists(values, max_size=3) | st.dictionaries(short_strings, values, max_size=3)
+    )
+
+
+reply_addresses = short_strings | st.sampled_from(
+    ["", "hello", "task_queue", "rpc_queue", "logs", "nobody", "amq.rabbitmq.reply-to.nobody"]
+)
+properties = st.fixed_dictionaries(
+    {},
+    optional={
+        "content_type": short_strings,
+        "content_encoding": short_strings,
+        "headers": st.dictionaries(header_names, nested(nested(plain_values)), max_size=3),
+        "delivery_mode": st.integers(1, 2),
+        "priority": st.integers(0, 255),
+        "correlation_id": short_strings,
+        "reply_to": reply_addresses,
+        "expiration": st.integers(0, 100_000).map(str),
+        "message_id": short_strings,
+        "timestamp": st.integers(0, 2**64 - 1),
+        "type": short_strings,
+        "app_id": short_strings,
+        "cluster_id": short_strings,
+    },
+).map(lambda some: BasicProperties(**some))
+
+
+def is_quick(body: bytes) -> bool:
+    """Say whether the body is neither long work for a worker (dots) nor for an RPC server."""
+    try:
+        return not 20 < int(body) <= 35
+    except ValueError:
+        return b"." not in body
+
+
+bodies = (
+    st.binary()
+    | st.text().map(str.encode)
+    | st.integers().map(lambda n: str(n).encode())
+    | st.integers(0, 20).map(lambda n: str(n).encode())
+    | st.sampled_from([b"9" * 5000, b"\xff" * 5000, "日本".encode("utf-16")])
+).filter(is_quick)
+messages = st.tuples(bodies, properties)
+
+
+class Target:
+    """All four consumers, each a process, and a channel that writes to them."""
+
+    def __init__(self, terminals: Terminals) -> None:
+        self.amqp_url = terminals.amqp_url
+        self.receiver = terminals.start("hello_world/receive.py")
+        self.worker = terminals.start("work_queues/worker.py")
+        self.logger = terminals.start("publish_subscribe/receive_logs.py")
+        self.server = terminals.start("rpc/rpc_server.py")
+        self.consumers = [self.receiver, self.worker, self.logger, self.server]
+        self.receiver.expect(" [*] Waiting for messages. To exit press CTRL+C")
+        self.worker.expect(" [*] Waiting for tasks. To exit press CTRL+C")
+        self.logger.expect_error(" [*] Waiting for logs. To exit press CTRL+C")
+        self.server.expect(" [x] Awaiting RPC requests")
+        self.channel = pika.BlockingConnection(pika.URLParameters(terminals.amqp_url)).channel()
+        self.callback_queue = self.channel.queue_declare("", exclusive=True).method.queue
+
+    def send(self, body: bytes, properties: BasicProperties) -> None:
+        """Send a message to all four."""
+        for exchange, key in (("", "hello"), ("", "task_queue"), ("logs", ""), ("", "rpc_queue")):
+            self.channel.basic_publish(exchange, key, body, properties)
+
+    def serves(self, word: str) -> None:
+        """Send a good message to all four, and see each serve it after all that came before."""
+        begin = {consumer: len(consumer.out.seen) for consumer in self.consumers}
+        address = BasicProperties(reply_to=self.callback_queue, correlation_id=word)
+        self.send(word.encode(), address)
+        self.channel.basic_publish("", "rpc_queue", b"10", address)
+
+        def sees(consumer: Script, *lines: str) -> None:
+            def enough(seen: list[str]) -> bool:
+                new = iter(seen[begin[consumer] :])
+                return all(line in new for line in lines)  # in this order
+
+            assert consumer.out.wait_for(enough, TIMEOUT), f"{lines} did not come from {consumer}"
+
+        sees(self.receiver, f" [x] Received '{word}'")
+        sees(self.worker, f" [x] Received '{word}'", " [x] Done")
+        sees(self.logger, f" [x] {word}")
+        sees(self.server, " [.] fib(10)")
+        answers: list[tuple[str | None, bytes]] = []
+
+        def answered() -> bool:
+            _method, answer, body = self.channel.basic_get(self.callback_queue, auto_ack=True)
+            if answer and body:
+                answers.append((answer.correlation_id, body))
+            return len(answers) == 2
+
+        eventually(answered, f"two answers from {self.server}")
+        assert answers == [(word, b"not a whole number from 0 to 35"), (word, b"55")]
+
+    def close(self) -> None:
+        """Kill the consumers, and delete their queues with what is left in them."""
+        for consumer in self.consumers:
+            consumer.kill()
+        channel = pika.BlockingConnection(pika.URLParameters(self.amqp_url)).channel()
+        for name in ("hello", "task_queue", "rpc_queue"):
+            channel.queue_delete(name)
+        channel.connection.close()
+
+    def complaints(self) -> list[str]:
+        """Return all that the consumers printed on standard error, but for the greeting."""
+        greeting = " [*] Waiting for logs. To exit press CTRL+C"
+        return [line for c in self.consumers for line in c.err.seen if line != greeting]
+
+
+def test_hostile_input(terminals: Terminals, figures: list[str]) -> None:
+    """No message brings a consumer down, makes it reconnect, or keeps it from serving the next."""
+    sent = 0
+    batches = 0
+    target: Target | None = None
+
+    @settings(
+        max_examples=100,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],  # narrowing a failure down would start the consumers 500 times
+    )
+    @given(st.lists(messages, min_size=20, max_size=20))
+    def attack(batch: list[tuple[bytes, BasicProperties]]) -> None:
+        nonlocal sent, batches, target
+        # One target for all. Only a failing batch needs a second: hypothesis tries it once more.
+        target = target or Target(terminals)
+        try:
+            for body, its_properties in batch:
+                target.send(body, its_properties)
+            target.serves(f"good-{batches}")
+            assert target.complaints() == []
+        except Exception:
+            target.close()
+            target = None
+            raise
+        sent += len(batch)
+        batches += 1
+
+    attack()
+    figures.append(f"hostile input: {sent} messages to each of 4 consumers, all live")
+    assert sent >= 2000
