@@ -185,6 +185,18 @@ def test_an_acknowledged_task_is_not_done_again(
     assert second.out.seen == [WAITING, received("in hand.", redelivered=True), DONE]
 
 
+def test_a_worker_that_is_stopped_acknowledges_what_it_has_done(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """Ctrl+C right after "Done" brings no task back: it ends within a second, its work is done."""
+    for i in range(10):
+        doing = worker(terminals)
+        put(channel, f"task {i}")
+        doing.expect(DONE)
+        assert doing.stop() < 1
+        assert ready(channel) == 0
+
+
 def test_a_task_may_take_longer_than_the_heartbeat(
     broker: Broker, terminals: Terminals, channel: BlockingChannel
 ) -> None:
