@@ -404,12 +404,23 @@ def choose(choice: str, compose: bool = False) -> tuple[Literal["container", "lo
     return "local", problem or ""
 
 
+def is_url(choice: str) -> bool:
+    """Say whether a choice is the address of a broker."""
+    return choice.startswith(("amqp://", "amqps://"))
+
+
+def check(choice: str = "auto") -> None:
+    """Raise NoBroker if `start` could not even try to give what is chosen."""
+    if not is_url(choice):
+        choose(choice)
+
+
 def start(choice: str = "auto") -> Broker:
     """Return a running RabbitMQ: `choice` is auto, container, local, or an AMQP URL.
 
     Installs nothing. Raises NoBroker.
     """
-    if choice.startswith(("amqp://", "amqps://")):
+    if is_url(choice):
         return GivenBroker(choice)
     chosen, why = choose(choice)
     broker = Container() if chosen == "container" else LocalNode()
@@ -423,7 +434,7 @@ def install(choice: str = "auto", compose: bool = False) -> None:
     Where an init system runs, the package also starts a service of its own, on port 5672, which
     the tests and the demo leave alone, and `make broker` says that it is there.
     """
-    if choice.startswith(("amqp://", "amqps://")):
+    if is_url(choice):
         return
     try:
         choose(choice, compose)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pika
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.broker import Broker, NoBroker, start
+from tests.broker import Broker, NoBroker, check, start
 from tests.terminal import Terminals
 
 broker_key = pytest.StashKey[Broker]()
@@ -25,18 +26,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def in_parallel(config: pytest.Config) -> bool:
+    """Say whether this process leads others (pytest -n 2), each with a broker of its own."""
+    return config.pluginmanager.has_plugin("dsession")
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if session.config.option.collectonly:
+    config = session.config
+    if config.option.collectonly:
         return
     try:
-        session.config.stash[broker_key] = start(session.config.option.broker)
+        if in_parallel(config):
+            check(config.option.broker)
+        else:
+            config.stash[broker_key] = start(config.option.broker)
     except NoBroker as error:
         raise pytest.UsageError(str(error)) from None
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
+    if in_parallel(config):
+        return f"broker: {config.option.broker}, one for each process; which, is said at the end"
     broker = config.stash.get(broker_key, None)
     return f"broker: {broker}" if broker else None
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand to the leading process what it prints at the end."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        said = [f"broker: {session.config.stash[broker_key]}"]
+        output["figures"] = said + session.config.stash.get(figures_key, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a process has handed over."""
+    figures = node.config.stash.setdefault(figures_key, [])
+    figures += [f for f in getattr(node, "workeroutput", {}).get("figures", []) if f not in figures]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,7 +12,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 from tests.broker import Broker, eventually
-from tests.terminal import ROOT, Script, Terminals, environment
+from tests.terminal import ROOT, TIMEOUT, Lines, Script, Terminals, environment
 
 WAITING = " [*] Waiting for logs. To exit press CTRL+C"
 
@@ -93,7 +93,8 @@ def test_one_receiver_writes_to_disk_and_another_shows_the_screen(
         )
     assert to_disk.stderr
     with to_disk.stderr:
-        assert to_disk.stderr.readline().decode() == WAITING + "\n"
+        complaints = Lines(to_disk.stderr)
+        assert complaints.wait_for(lambda lines: lines == [WAITING], TIMEOUT)
         to_screen = receiver(terminals)
         logs = [f"info: log {i}" for i in range(5)]
         emit(terminals, *logs)
@@ -102,7 +103,7 @@ def test_one_receiver_writes_to_disk_and_another_shows_the_screen(
         eventually(lambda: file.read_text() == expected, "the file has all lines at once")
         to_disk.kill()
         to_disk.wait()
-        assert to_disk.stderr.read() == b""
+        assert complaints.all() == [WAITING]
     assert file.read_text() == expected
     assert to_screen.out.seen == expected.splitlines()
 

@@ -63,28 +63,23 @@ def main() -> None:
     channel.basic_consume("task_queue", lambda *d: tasks.put(d), auto_ack=options.auto_ack)
     print(" [*] Waiting for tasks. To exit press CTRL+C")
     # From here on the connection is the thread's: it answers heartbeats however long a task takes.
-    thread = threading.Thread(target=consume, args=(channel, tasks), daemon=True)
-    thread.start()
-    try:
-        while True:
-            task = tasks.get()
-            if isinstance(task, Exception):
-                raise task
-            _channel, method, _properties, body = task
-            if connection.is_closed and not options.auto_ack:
-                continue  # this task is in its queue again
+    threading.Thread(target=consume, args=(channel, tasks), daemon=True).start()
 
-            text = body.decode(errors="backslashreplace")
-            print(f" [x] Received '{text}'" + " (redelivered)" * method.redelivered)
-            work(text)
-            print(" [x] Done")
-            if connection.is_open and not options.auto_ack and not options.forget_ack:
-                acknowledge = partial(channel.basic_ack, method.delivery_tag)
-                connection.add_callback_threadsafe(acknowledge)
-    finally:
-        if connection.is_open:  # let the last acknowledgement out before the end
-            connection.add_callback_threadsafe(channel.stop_consuming)
-            thread.join(timeout=0.5)
+    while True:
+        task = tasks.get()
+        if isinstance(task, Exception):
+            raise task
+        _channel, method, _properties, body = task
+        if connection.is_closed and not options.auto_ack:
+            continue  # this task is in its queue again
+
+        text = body.decode(errors="backslashreplace")
+        print(f" [x] Received '{text}'" + " (redelivered)" * method.redelivered)
+        work(text)
+        print(" [x] Done")
+        if connection.is_open and not options.auto_ack and not options.forget_ack:
+            acknowledge = partial(channel.basic_ack, method.delivery_tag)
+            connection.add_callback_threadsafe(acknowledge)
 
 
 if __name__ == "__main__":
