@@ -1,6 +1,6 @@
 # Each command sets up all that it needs: the virtual environment in .venv, and a broker.
 #   BROKER=auto|container|local|URL    where RabbitMQ comes from
-#   PYTEST_ARGS='-k rpc'               more for pytest
+#   PYTEST_ARGS='-k rpc'               more for pytest; the tests wait a lot, so two run at a time
 #   PYTHON=python3.14                  the interpreter for a new .venv ("make clean" removes the old)
 
 PYTHON ?= python3
@@ -23,7 +23,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	@$(VENV_PYTHON) -m tests.broker --install --broker='$(BROKER)'
-	$(VENV_PYTHON) -m pytest --broker='$(BROKER)' $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -n 2 --dist worksteal --broker='$(BROKER)' $(PYTEST_ARGS)
 
 broker: .venv/ready
 	@$(VENV_PYTHON) -m tests.broker --broker='$(BROKER)'
