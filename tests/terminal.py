@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -75,21 +76,25 @@ class Script:
         env: dict[str, str],
         cwd: Path = ROOT,
         echo: Callable[[str], None] | None = None,
+        to_file: Path | None = None,
     ) -> None:
+        """Start a command; with `to_file` its standard output goes there, and not to `out`."""
         self.name = " ".join(os.fsdecode(word) for word in command)[:200]
         self.path = Path(os.fsdecode(command[1]))  # of the script
+        file = to_file.open("wb") if to_file else None
         self.process = subprocess.Popen(
             command,
             env=env,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=file or subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        assert self.process.stdout
+        if file:
+            file.close()
         assert self.process.stderr
-        self.out = Lines(self.process.stdout, echo)
+        self.out = Lines(self.process.stdout or io.BytesIO(), echo)
         self.err = Lines(self.process.stderr, echo)
 
     def __str__(self) -> str:
@@ -155,12 +160,12 @@ class Terminals:
         script: str | Path,
         *arguments: str | bytes,
         amqp_url: str | None = None,
-        cwd: Path = ROOT,
+        to_file: Path | None = None,
     ) -> Script:
         """Start a script, by its path in the repository, and return it while it runs."""
         command = [sys.executable, ROOT / script, *arguments]
         env = environment(amqp_url or self.amqp_url, **self._settings)
-        started = Script(command, env, cwd)
+        started = Script(command, env, to_file=to_file)
         self.scripts.append(started)
         return started
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 from tests.broker import Broker, eventually
-from tests.terminal import ROOT, TIMEOUT, Lines, Script, Terminals, environment
+from tests.terminal import Script, Terminals
 
 WAITING = " [*] Waiting for logs. To exit press CTRL+C"
 
@@ -79,33 +77,23 @@ def test_a_log_that_nobody_listens_to_is_dropped(
 
 
 def test_one_receiver_writes_to_disk_and_another_shows_the_screen(
-    terminals: Terminals, amqp_url: str, tmp_path: Path
+    terminals: Terminals, tmp_path: Path
 ) -> None:
     """Both have the same lines; the file holds them at once, even if its receiver is killed, and
     it holds logs only."""
     file = tmp_path / "logs_from_rabbit.log"
-    with file.open("wb") as output:
-        to_disk = subprocess.Popen(
-            [sys.executable, ROOT / "publish_subscribe/receive_logs.py"],
-            env=environment(amqp_url),
-            stdout=output,
-            stderr=subprocess.PIPE,
-        )
-    assert to_disk.stderr
-    with to_disk.stderr:
-        complaints = Lines(to_disk.stderr)
-        assert complaints.wait_for(lambda lines: lines == [WAITING], TIMEOUT)
-        to_screen = receiver(terminals)
-        logs = [f"info: log {i}" for i in range(5)]
-        emit(terminals, *logs)
-        to_screen.expect(" [x] info: log 4")
-        expected = "".join(f" [x] {log}\n" for log in logs)
-        eventually(lambda: file.read_text() == expected, "the file has all lines at once")
-        to_disk.kill()
-        to_disk.wait()
-        assert complaints.all() == [WAITING]
+    to_disk = terminals.start("publish_subscribe/receive_logs.py", to_file=file)
+    to_disk.expect_error(WAITING)
+    to_screen = receiver(terminals)
+    logs = [f"info: log {i}" for i in range(5)]
+    expected = "".join(f" [x] {log}\n" for log in logs)
+    emit(terminals, *logs)
+    to_screen.expect(" [x] info: log 4")
+    eventually(lambda: file.read_text() == expected, "the file has all lines at once")
+    to_disk.kill()
     assert file.read_text() == expected
     assert to_screen.out.seen == expected.splitlines()
+    assert to_disk.err.seen == [WAITING]
 
 
 def test_a_late_receiver_gets_what_is_emitted_from_then_on(terminals: Terminals) -> None:
