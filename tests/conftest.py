@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="auto|container|local|URL",
         help="where RabbitMQ comes from; auto is a container, or else the local rabbitmq-server",
     )
+
+
+def pytest_configure() -> None:
+    # A job in the background is started with Ctrl+C ignored, and what it starts inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def in_parallel(config: pytest.Config) -> bool:

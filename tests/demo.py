@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--broker", default="auto", metavar="auto|container|local|URL")
     options = parser.parse_args()
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a job in the background has SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     broker = None
     try:
         broker = start(options.broker)
