@@ -12,19 +12,19 @@ import pika
 from pika.exceptions import AMQPConnectionError, AMQPError
 from pika.spec import BasicProperties
 
-AMQP_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+AMQP_URL = os.getenv("AMQP_URL", "").replace(" ", "") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect() -> pika.BlockingConnection:
     """Connect to the node at AMQP_URL; of several, to the first that answers."""
     try:
         nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
-    except (ValueError, TypeError, LookupError):  # it is not shown: a password may be in it
+    except (ValueError, TypeError, LookupError, SyntaxError):  # not shown: it has a password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
     try:
         return pika.BlockingConnection(nodes)
     except Exception as error:  # pika has a dozen for this, some of them the socket's
-        why = str(error) or error.args[0].exception
+        why = str(error) or error.args[0].exception  # of a socket it is one level deeper
         raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}") from error
 
 
@@ -35,8 +35,8 @@ class RpcError(AMQPError):
 class FibonacciRpcClient:
     """A connection, and one callback queue for the answers to all of its calls.
 
-    It is a context manager, for one thread. Each method raises AMQPConnectionError when the
-    connection is lost: also because nothing was called for longer than the heartbeat.
+    It is a context manager, for one thread. Each method raises AMQPError when the connection is
+    lost: also because nothing was called for longer than the heartbeat.
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class FibonacciRpcClient:
     def __enter__(self) -> "FibonacciRpcClient":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.connection.is_open:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error in (None, RpcError):  # otherwise the broker may not answer to this, either
             self.connection.close()
 
     def on_answer(self, _c: object, _m: object, answer: BasicProperties, body: bytes) -> None:
@@ -61,8 +61,8 @@ class FibonacciRpcClient:
             self.answers[answer.correlation_id] = answer.type, body
 
     def on_return(self, _c: object, _m: object, request: BasicProperties, _body: bytes) -> None:
-        request.type = "error"
-        self.on_answer(_c, _m, request, b"no queue 'rpc_queue': no server has run yet")
+        request.type = "error"  # as if a server had answered so
+        self.on_answer(_c, _m, request, b"there is no queue 'rpc_queue': start a server")
 
     def call(self, n: int, timeout: float = 10) -> int:
         """Return the n-th Fibonacci number; timeout and errors are those of call_many."""
@@ -88,7 +88,7 @@ class FibonacciRpcClient:
                 properties=pika.BasicProperties(
                     reply_to=self.callback_queue,
                     correlation_id=request,
-                    expiration=str(int(timeout * 1000)),  # a request given up is never computed
+                    expiration=str(int(timeout * 1000)),  # not computed if it still waits then
                     content_type="text/plain",
                 ),
                 mandatory=True,  # a request that reaches no queue is returned
@@ -96,8 +96,10 @@ class FibonacciRpcClient:
         while self.waiting:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise TimeoutError(f"No answer within {timeout:g} seconds")
+                raise TimeoutError(f"No answer within {timeout:g} s")
             self.connection.process_data_events(remaining)
+            if self.channel.is_closed:
+                raise AMQPConnectionError("RabbitMQ refused a request, and closed the channel")
 
         results = []
         for request, n in zip(requests, numbers, strict=True):
@@ -126,8 +128,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, lambda *_: sys.exit(130))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except (AMQPError, OSError) as error:

@@ -11,19 +11,19 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import AMQPConnectionError, AMQPError
 from pika.spec import Basic, BasicProperties
 
-AMQP_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+AMQP_URL = os.getenv("AMQP_URL", "").replace(" ", "") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect() -> pika.BlockingConnection:
     """Connect to the node at AMQP_URL; of several, to the first that answers."""
     try:
         nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
-    except (ValueError, TypeError, LookupError):  # it is not shown: a password may be in it
+    except (ValueError, TypeError, LookupError, SyntaxError):  # not shown: it has a password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
     try:
         return pika.BlockingConnection(nodes)
     except Exception as error:  # pika has a dozen for this, some of them the socket's
-        why = str(error) or error.args[0].exception
+        why = str(error) or error.args[0].exception  # of a socket it is one level deeper
         raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}") from error
 
 
@@ -64,20 +64,22 @@ def on_request(
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
 
-    channel = connect().channel()
+    connection = connect()
+    channel = connection.channel()
     channel.queue_declare("rpc_queue", durable=True)
     channel.basic_qos(prefetch_count=1)  # the next request goes to a server that is free
     # fib(35) takes seconds. Work that takes minutes needs a thread, as in work_queues/worker.py.
     channel.basic_consume("rpc_queue", on_request)
     print(" [x] Awaiting RPC requests")
     channel.start_consuming()
+    connection.close()
     raise AMQPConnectionError("RabbitMQ cancelled the consumer")
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, lambda *_: sys.exit(0))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
     said = ""
     while True:
         try:
@@ -85,9 +87,9 @@ if __name__ == "__main__":
         except AMQPConnectionError as error:
             if "ACCESS_REFUSED" in str(error) or "NOT_ALLOWED" in str(error):
                 sys.exit(f" [!] {error}")  # a wrong password or virtual host stays wrong
-            if said != str(error):  # once, and not at every try
-                said = str(error)
-                print(f" [!] {said}; trying again every second", file=sys.stderr)
+            if said != str(error):
+                print(f" [!] {error}; trying again every second", file=sys.stderr)
+            said = str(error) if "Cannot connect" in str(error) else ""  # once, not every second
         except (AMQPError, OSError) as error:
             sys.exit(f" [!] {error}")
         time.sleep(1)

@@ -20,7 +20,7 @@ TIMEOUT = 15  # seconds; what is waited for comes in far less, even on a busy ma
 
 
 def environment(amqp_url: str | None = None, **more: str) -> dict[str, str]:
-    """Return the environment of a reader's terminal: nothing in it helps a script along."""
+    """Return the environment of a reader's terminal. Nothing in it flushes a script's output."""
     plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED", "AMQP_URL")}
     plain |= {"PYTHONUTF8": "1"} | more
     return plain | ({"AMQP_URL": amqp_url} if amqp_url else {})
@@ -64,6 +64,7 @@ class Lines:
     def all(self) -> list[str]:
         """Return all lines of a stream that has ended."""
         self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive(), "a stream is still open"
         return self.seen
 
 
@@ -152,8 +153,10 @@ class Terminals:
     def environment(self, **settings: str) -> Iterator[None]:
         """Set variables in the environment of the scripts that are started meanwhile."""
         self._settings = settings
-        yield
-        self._settings = {}
+        try:
+            yield
+        finally:
+            self._settings = {}
 
     def start(
         self,

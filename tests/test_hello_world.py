@@ -1,11 +1,12 @@
 """Hello world: one sender, one queue, one receiver."""
 
+import os
 from contextlib import closing
 
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.broker import eventually
+from tests.broker import Broker, eventually
 from tests.proxy import Proxy
 from tests.terminal import Script, Terminals
 
@@ -90,8 +91,12 @@ def test_the_next_node_is_tried_when_one_is_down(terminals: Terminals) -> None:
     ],
     ids=["empty", "chinese", "no UTF-8", "punctuation"],
 )
-def test_a_message_is_bytes(terminals: Terminals, message: str | bytes, shown: str) -> None:
+def test_a_message_is_bytes(
+    terminals: Terminals, channel: BlockingChannel, message: str | bytes, shown: str
+) -> None:
     """Whatever the bytes are, they arrive; what is no text is shown escaped."""
+    terminals.run("hello_world/send.py", "--", message)
+    assert channel.basic_get("hello", auto_ack=True)[2] == os.fsencode(message)
     started = receiver(terminals)
     terminals.run("hello_world/send.py", "--", message)
     started.expect(f" [x] Received '{shown}'")
@@ -133,12 +138,17 @@ def test_the_routing_key_of_the_default_exchange_is_the_queue(
 
 
 def test_a_receiver_comes_back_when_its_queue_was_deleted(
-    terminals: Terminals, channel: BlockingChannel
+    broker: Broker, terminals: Terminals, channel: BlockingChannel
 ) -> None:
-    """The broker cancels the consumer of a deleted queue; the receiver says so and starts anew."""
+    """The broker cancels the consumer of a deleted queue; the receiver says so, each time, and
+    starts anew. The old connection is closed."""
     started = receiver(terminals)
-    channel.queue_delete("hello")
-    started.expect_error(" [!] RabbitMQ cancelled the consumer; trying again every second")
-    started.expect(WAITING, count=2)
+    for times in (1, 2):
+        channel.queue_delete("hello")
+        cancelled = " [!] RabbitMQ cancelled the consumer; trying again every second"
+        started.expect_error(cancelled, count=times)
+        started.expect(WAITING, count=1 + times)
+    path = f"vhosts/{terminals.amqp_url.rpartition('/')[2]}/connections"
+    eventually(lambda: len(broker.api("GET", path)) == 2, "its connection, and the test's own")
     terminals.run("hello_world/send.py")
     started.expect(" [x] Received 'Hello World!'")

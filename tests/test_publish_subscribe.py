@@ -52,7 +52,7 @@ def test_a_receiver_has_a_queue_of_its_own(
 ) -> None:
     """The broker names it, it is exclusive, and it is gone with its receiver."""
     first, second = receiver(terminals), receiver(terminals)
-    found = eventually(lambda: len(queues(broker, amqp_url)) == 2, "two queues")
+    eventually(lambda: len(queues(broker, amqp_url)) == 2, "two queues")
     found = queues(broker, amqp_url)
     assert found[0]["name"] != found[1]["name"]
     for queue in found:

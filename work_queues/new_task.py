@@ -8,19 +8,19 @@ import sys
 import pika
 from pika.exceptions import AMQPConnectionError, AMQPError, NackError, UnroutableError
 
-AMQP_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+AMQP_URL = os.getenv("AMQP_URL", "").replace(" ", "") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect() -> pika.BlockingConnection:
     """Connect to the node at AMQP_URL; of several, to the first that answers."""
     try:
         nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
-    except (ValueError, TypeError, LookupError):  # it is not shown: a password may be in it
+    except (ValueError, TypeError, LookupError, SyntaxError):  # not shown: it has a password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
     try:
         return pika.BlockingConnection(nodes)
     except Exception as error:  # pika has a dozen for this, some of them the socket's
-        why = str(error) or error.args[0].exception
+        why = str(error) or error.args[0].exception  # of a socket it is one level deeper
         raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}") from error
 
 
@@ -46,14 +46,14 @@ def main() -> None:
         )
     except (UnroutableError, NackError) as error:
         sys.exit(f" [!] Not sent: {type(error).__name__}")
-    print(f" [x] Sent '{task}'")
     connection.close()
+    print(f" [x] Sent '{task}'")
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, lambda *_: sys.exit(130))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except (AMQPError, OSError) as error:

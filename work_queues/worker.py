@@ -16,19 +16,19 @@ from pika.spec import Basic, BasicProperties
 
 Delivery = tuple[BlockingChannel, Basic.Deliver, BasicProperties, bytes]
 
-AMQP_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+AMQP_URL = os.getenv("AMQP_URL", "").replace(" ", "") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect() -> pika.BlockingConnection:
     """Connect to the node at AMQP_URL; of several, to the first that answers."""
     try:
         nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
-    except (ValueError, TypeError, LookupError):  # it is not shown: a password may be in it
+    except (ValueError, TypeError, LookupError, SyntaxError):  # not shown: it has a password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
     try:
         return pika.BlockingConnection(nodes)
     except Exception as error:  # pika has a dozen for this, some of them the socket's
-        why = str(error) or error.args[0].exception
+        why = str(error) or error.args[0].exception  # of a socket it is one level deeper
         raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}") from error
 
 
@@ -41,6 +41,7 @@ def consume(channel: BlockingChannel, tasks: "queue.SimpleQueue[Delivery | Excep
     """Serve the connection until it is lost, and hand over the reason as if it were a task."""
     try:
         channel.start_consuming()
+        channel.connection.close()
         raise AMQPConnectionError("RabbitMQ cancelled the consumer")
     except Exception as error:
         tasks.put(error)
@@ -70,22 +71,23 @@ def main() -> None:
         if isinstance(task, Exception):
             raise task
         _channel, method, _properties, body = task
-        if connection.is_closed and not options.auto_ack:
+        if channel.is_closed and not options.auto_ack:
             continue  # this task is in its queue again
 
         text = body.decode(errors="backslashreplace")
-        print(f" [x] Received '{text}'" + " (redelivered)" * method.redelivered)
+        again = " (redelivered)" if method.redelivered else ""
+        print(f" [x] Received '{text}'{again}")
         work(text)
         print(" [x] Done")
-        if connection.is_open and not options.auto_ack and not options.forget_ack:
+        if channel.is_open and not options.auto_ack and not options.forget_ack:
             acknowledge = partial(channel.basic_ack, method.delivery_tag)
             connection.add_callback_threadsafe(acknowledge)
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, lambda *_: sys.exit(0))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
     said = ""
     while True:
         try:
@@ -93,9 +95,9 @@ if __name__ == "__main__":
         except AMQPConnectionError as error:
             if "ACCESS_REFUSED" in str(error) or "NOT_ALLOWED" in str(error):
                 sys.exit(f" [!] {error}")  # a wrong password or virtual host stays wrong
-            if said != str(error):  # once, and not at every try
-                said = str(error)
-                print(f" [!] {said}; trying again every second", file=sys.stderr)
+            if said != str(error):
+                print(f" [!] {error}; trying again every second", file=sys.stderr)
+            said = str(error) if "Cannot connect" in str(error) else ""  # once, not every second
         except (AMQPError, OSError) as error:
             sys.exit(f" [!] {error}")
         time.sleep(1)
