@@ -17,11 +17,12 @@ def connect() -> pika.BlockingConnection:
         nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
     except (ValueError, TypeError, LookupError, SyntaxError):  # not shown: it has a password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    try:
-        return pika.BlockingConnection(nodes)
-    except Exception as error:  # pika has a dozen for this, some of them the socket's
-        why = str(error) or error.args[0].exception  # of a socket it is one level deeper
-        raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}") from error
+    for node in nodes:  # pika does not go on to the next one if a name has no address
+        try:
+            return pika.BlockingConnection(node)
+        except Exception as error:  # pika has a dozen for this, some of them the socket's
+            why = str(error) or error.args[0].exception  # of a socket it is one level deeper
+    raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable
@@ -26,23 +27,38 @@ Watch = Callable[[int, bool], bool]
 class Proxy:
     """Listens on an address of this machine and passes on what comes, in both directions."""
 
-    def __init__(self, amqp_url: str, watch: Watch = lambda *_: True) -> None:
-        """Stand before the broker at `amqp_url`; `url` is then the address to give to a script."""
+    def __init__(
+        self,
+        amqp_url: str,
+        watch: Watch = lambda *_: True,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Stand before the broker at `amqp_url`; `url` is then the address to give to a script.
+
+        With `tls` it is that of a server with TLS.
+        """
         parts = urlsplit(amqp_url)
         self._broker = (parts.hostname, parts.port or 5672)
         self._watch = watch
+        self._tls = tls
         self._sockets: list[socket.socket] = []
         self.connections = 0
         self._listener = socket.create_server(("127.0.0.2", 0))  # as if it were another host
         port = self._listener.getsockname()[1]
         user = parts.netloc.rpartition("@")[0]
-        self.url = parts._replace(netloc=f"{user}@127.0.0.2:{port}").geturl()
+        scheme = "amqps" if tls else "amqp"
+        self.url = parts._replace(scheme=scheme, netloc=f"{user}@127.0.0.2:{port}").geturl()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                if self._tls:
+                    try:
+                        client = self._tls.wrap_socket(client, server_side=True)
+                    except ssl.SSLError:  # the client does not trust the certificate
+                        continue
                 self.connections += 1
                 broker = socket.create_connection(self._broker)
                 self._sockets += [client, broker]

@@ -6,6 +6,7 @@ import ast
 import re
 import shutil
 import signal
+import ssl
 import sys
 from contextlib import closing
 from functools import partial
@@ -15,6 +16,7 @@ from urllib.parse import quote, urlsplit
 
 import pika
 import pytest
+import trustme
 from pika.adapters.blocking_connection import BlockingChannel
 
 from tests.broker import Broker, eventually, free_port
@@ -173,6 +175,29 @@ def test_a_broker_that_is_silent_is_one_line(terminals: Terminals) -> None:
             assert one_line(started).startswith(" [!] Cannot connect to RabbitMQ: Timeout")
         for started in [terminals.start(name, amqp_url=url) for name in CONSUMERS]:
             started.expect_error(re.compile(r" \[!\] Cannot connect to RabbitMQ: Timeout.*"))
+
+
+# --- AMQP_URL: what pika understands in it ---
+
+
+def test_an_amqps_url_is_encrypted(terminals: Terminals, tmp_path: Path) -> None:
+    """amqps and ssl_options work as pika's URLParameters says; a stranger's certificate is one
+    line."""
+    ours, stranger = trustme.CA(), trustme.CA()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ours.issue_cert("127.0.0.2").configure_cert(tls)
+    for name, authority in (("ours", ours), ("stranger", stranger)):
+        authority.cert_pem.write_to_path(str(tmp_path / name))
+
+    with closing(Proxy(terminals.amqp_url, tls=tls)) as encrypted:
+        url, untrusting = (
+            f"{encrypted.url}?ssl_options={quote(str({'ca_certs': str(tmp_path / name)}))}"
+            for name in ("ours", "stranger")
+        )
+        one_line(terminals.start("hello_world/send.py", amqp_url=untrusting))
+        terminals.run("hello_world/send.py", amqp_url=url)
+        started = terminals.start("hello_world/receive.py", amqp_url=f"amqp://nobody:1,{url}")
+        started.expect(" [x] Received 'Hello World!'")
 
 
 # --- Consumers wait for a broker, and return to it ---

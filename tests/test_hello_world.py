@@ -72,10 +72,13 @@ def test_amqp_url_alone_says_where_the_broker_is(terminals: Terminals) -> None:
 
 
 def test_the_next_node_is_tried_when_one_is_down(terminals: Terminals) -> None:
-    """AMQP_URL may hold several URLs, with commas between: the first that answers is taken."""
+    """AMQP_URL may hold several URLs, with commas between: the first that answers is taken.
+
+    The first of these has no address, and nobody listens at that of the second.
+    """
     with closing(Proxy(terminals.amqp_url)) as down:
         pass
-    urls = f"{down.url},{terminals.amqp_url}"
+    urls = f"amqp://no-such-host.invalid,{down.url}, {terminals.amqp_url}"
     terminals.run("hello_world/send.py", "to the second", amqp_url=urls)
     started = terminals.start("hello_world/receive.py", amqp_url=urls)
     started.expect(" [x] Received 'to the second'")
