@@ -394,15 +394,15 @@ def seconds_in_line(script: Script) -> float:
 
 
 def seconds_of_calls(terminals: Terminals, servers: list[Script]) -> float:
-    """Return how long 32 calls take, all in flight, on a machine that has nothing else to do.
+    """Return how long 16 calls take, all in flight, on a machine that has nothing else to do.
 
     That is the time on the clock, less the time that the servers stood in line for a core.
     """
     in_line = [seconds_in_line(each) for each in servers]
-    client = terminals.run("rpc/rpc_client.py", "--timeout", "100", *["27"] * 32)
+    client = terminals.run("rpc/rpc_client.py", "--timeout", "100", *["30"] * 16)
     in_line = [seconds_in_line(each) - past for each, past in zip(servers, in_line, strict=True)]
-    assert client.out.seen.count(" [.] Got 196418") == 32
-    elapsed = client.out.times[-1] - client.out.time_of(" [x] Requesting fib(27)")
+    assert client.out.seen.count(" [.] Got 832040") == 16
+    elapsed = client.out.times[-1] - client.out.time_of(" [x] Requesting fib(30)")
     return elapsed - sum(in_line) / len(in_line)
 
 
