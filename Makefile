@@ -23,7 +23,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	@$(VENV_PYTHON) -m tests.broker --install --broker='$(BROKER)'
-	$(VENV_PYTHON) -m pytest -n 2 --dist worksteal --broker='$(BROKER)' $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -n 2 --dist loadgroup --broker='$(BROKER)' $(PYTEST_ARGS)
 
 broker: .venv/ready
 	@$(VENV_PYTHON) -m tests.broker --broker='$(BROKER)'

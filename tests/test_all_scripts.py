@@ -158,7 +158,7 @@ def test_a_refused_message_is_no_message_sent(broker: Broker, terminals: Termina
         url = replaced(terminals.amqp_url, user=f"reader:{quote(SECRET)}")
         *producers, client = [terminals.start(name, amqp_url=url) for name in ONE_SHOT]
         for started in producers:
-            assert "ACCESS_REFUSED - write access" in one_line(started)
+            assert re.search("ACCESS_REFUSED - .*(amq.default|logs)", one_line(started))
             assert started.out.seen == []
         told = " [!] RabbitMQ refused a request, and closed the channel"
         assert one_line(client) == told

@@ -12,6 +12,8 @@ import requests
 from tests.broker import IMAGE, ROOT, compose_problem, container_problem, free_port
 from tests.terminal import Terminals, environment
 
+pytestmark = pytest.mark.xdist_group("compose")  # in one process, with one start of it
+
 
 class Compose:
     """The compose file as a project of its own, on free ports, whatever a file .env says."""

@@ -25,6 +25,8 @@ from tests.lessons import (
 from tests.stage import Compose, copy_tutorial, has_compose, stage
 from tests.terminal import ROOT, TIMEOUT, environment
 
+pytestmark = pytest.mark.xdist_group("lessons")  # in one process, with one broker for all
+
 GOOD = """\
 # A lesson
 

@@ -86,7 +86,7 @@ def test_tasks_under_fire(own_broker: Broker, terminals: Terminals, figures: lis
     """Every confirmed task is done, however often workers and the broker are killed.
 
     Most tasks are published by one producer of the test's own, which sends what new_task.py sends;
-    every eighth comes from new_task.py itself. Every 40th task takes a second, the others none.
+    every 20th comes from new_task.py itself. Every 40th task takes a second, the others none.
     A task counts as done when a worker has printed so, after it has printed to have received it.
     """
     rng = random.Random(3)
@@ -144,8 +144,8 @@ def test_tasks_under_fire(own_broker: Broker, terminals: Terminals, figures: lis
     outages = 0
     with ThreadPoolExecutor() as threads:
         producers = [
-            threads.submit(publish, [task for n, task in enumerate(tasks) if n % 8]),
-            threads.submit(send, tasks[::8]),
+            threads.submit(publish, [task for n, task in enumerate(tasks) if n % 20]),
+            threads.submit(send, tasks[::20]),
         ]
         try:
             for worker_number, line in workers.read():
