@@ -70,6 +70,11 @@ def eventually(check: Callable[[], Any], what: str, timeout: float = 15) -> Any:
     raise AssertionError(f"{what}: not within {timeout} s; last seen: {last!r}")
 
 
+def virtual_host_of(amqp_url: str) -> str:
+    """Return the virtual host of an AMQP URL, quoted as in the URL: the opposite of `url_of`."""
+    return amqp_url.rpartition("/")[2]
+
+
 def free_port() -> int:
     """Return a port of this machine's that nobody listens on.
 

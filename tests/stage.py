@@ -57,14 +57,6 @@ def terminal_path(*folders: Path) -> str:
     )
 
 
-def has_compose() -> bool:
-    """Tell whether there is Docker Compose, version 2 or later."""
-    with contextlib.suppress(FileNotFoundError):
-        version = subprocess.run(["docker", "compose", "version"], capture_output=True)
-        return version.returncode == 0
-    return False
-
-
 class Compose(Broker):
     """The service of docker-compose.yml, in a project and on ports of its own."""
 

@@ -19,7 +19,7 @@ import pytest
 import trustme
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.broker import Broker, eventually, free_port
+from tests.broker import Broker, eventually, free_port, virtual_host_of
 from tests.proxy import ACK, Proxy
 from tests.terminal import ROOT, Script, Terminals, environment
 
@@ -132,7 +132,7 @@ def test_other_settings_are_one_line(terminals: Terminals, channel: BlockingChan
 
 def test_access_refused_is_one_line(broker: Broker, terminals: Terminals) -> None:
     """A user without permissions for a queue or an exchange is told so."""
-    virtual_host = terminals.amqp_url.rpartition("/")[2]
+    virtual_host = virtual_host_of(terminals.amqp_url)
     nothing = {"configure": "", "write": "", "read": ""}
     broker.api("PUT", "users/newcomer", {"password": SECRET, "tags": ""})
     try:
@@ -148,7 +148,7 @@ def test_access_refused_is_one_line(broker: Broker, terminals: Terminals) -> Non
 
 def test_a_refused_message_is_no_message_sent(broker: Broker, terminals: Terminals) -> None:
     """A user who may declare and read, but not write: what the broker refuses was not sent."""
-    virtual_host = terminals.amqp_url.rpartition("/")[2]
+    virtual_host = virtual_host_of(terminals.amqp_url)
     reader = {"configure": ".*", "write": r"^(?!amq\.default$|logs$).*", "read": ".*"}
     terminals.run("hello_world/send.py")
     serving = consumer(terminals, "rpc/rpc_server.py")

@@ -6,7 +6,7 @@ from contextlib import closing
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.broker import Broker, eventually
+from tests.broker import Broker, eventually, virtual_host_of
 from tests.proxy import Proxy
 from tests.terminal import Script, Terminals
 
@@ -151,7 +151,7 @@ def test_a_receiver_comes_back_when_its_queue_was_deleted(
         cancelled = " [!] RabbitMQ cancelled the consumer; trying again every second"
         started.expect_error(cancelled, count=times)
         started.expect(WAITING, count=1 + times)
-    path = f"vhosts/{terminals.amqp_url.rpartition('/')[2]}/connections"
+    path = f"vhosts/{virtual_host_of(terminals.amqp_url)}/connections"
     eventually(lambda: len(broker.api("GET", path)) == 2, "its connection, and the test's own")
     terminals.run("hello_world/send.py")
     started.expect(" [x] Received 'Hello World!'")

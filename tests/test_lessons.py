@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker import Broker, Container
+from tests.broker import Broker, Container, compose_problem
 from tests.conftest import broker_key
 from tests.lessons import (
     DOCUMENTS,
@@ -22,7 +22,7 @@ from tests.lessons import (
     console_blocks,
     has_excerpt,
 )
-from tests.stage import Compose, copy_tutorial, has_compose, stage
+from tests.stage import Compose, copy_tutorial, stage
 from tests.terminal import ROOT, TIMEOUT, environment
 
 pytestmark = pytest.mark.xdist_group("lessons")  # in one process, with one broker for all
@@ -125,7 +125,7 @@ def test_an_excerpt_is_looked_up_in_one_piece() -> None:
 def lesson_broker(pytestconfig: pytest.Config) -> Iterator[Broker]:
     """The broker of docker-compose.yml where containers are used, or else that of this run."""
     broker = pytestconfig.stash[broker_key]
-    if not isinstance(broker, Container) or not has_compose():
+    if not isinstance(broker, Container) or compose_problem():
         yield broker
         return
     composed = Compose()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.broker import Broker, eventually
+from tests.broker import Broker, eventually, virtual_host_of
 from tests.terminal import Script, Terminals
 
 WAITING = " [*] Waiting for logs. To exit press CTRL+C"
@@ -32,7 +32,7 @@ def emit(terminals: Terminals, *logs: str) -> None:
 
 def queues(broker: Broker, amqp_url: str) -> list[dict[str, Any]]:
     """Return the queues of a virtual host, as the broker describes them."""
-    return list(broker.api("GET", f"queues/{amqp_url.rpartition('/')[2]}?disable_stats=true"))
+    return list(broker.api("GET", f"queues/{virtual_host_of(amqp_url)}?disable_stats=true"))
 
 
 def test_every_receiver_prints_every_log(terminals: Terminals) -> None:
@@ -115,7 +115,7 @@ def test_rabbitmqctl_shows_the_exchange_and_a_binding_for_each_receiver(
     first, second = receiver(terminals), receiver(terminals)
     assert first.process.poll() is None
     assert second.process.poll() is None
-    virtual_host = amqp_url.rpartition("/")[2]
+    virtual_host = virtual_host_of(amqp_url)
     exchanges = own_broker.rabbitmqctl("-q", "-p", virtual_host, "list_exchanges")
     assert "logs\tfanout" in exchanges.splitlines()
     bindings = own_broker.rabbitmqctl("-q", "-p", virtual_host, "list_bindings")

@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import uuid
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pika
@@ -15,7 +16,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import Basic, BasicProperties
 
-from tests.broker import Broker, eventually
+from tests.broker import Broker, eventually, virtual_host_of
 from tests.proxy import ACK, Proxy
 from tests.terminal import ROOT, Script, Terminals, environment
 
@@ -170,7 +171,7 @@ def test_a_client_has_one_callback_queue_for_all_its_calls(
         requests += take(channel, number)
     callback_queues = {properties.reply_to for _, properties, _ in requests}
     assert len(callback_queues) == 1
-    path = f"queues/{terminals.amqp_url.rpartition('/')[2]}"
+    path = f"queues/{virtual_host_of(terminals.amqp_url)}"
     (queue,) = [q for q in broker.api("GET", path) if q["name"] != "rpc_queue"]
     assert {queue["name"]} == callback_queues
     assert queue["exclusive"] is True
@@ -237,10 +238,9 @@ def test_an_answer_that_is_no_number_is_an_error(
     assert client.err.seen == [" [!] fib(7): thirteen"]
 
 
-def test_a_server_killed_before_it_acknowledged_answers_twice(
-    terminals: Terminals, channel: BlockingChannel
-) -> None:
-    """The request is still in the queue, so another server computes it again and answers, too."""
+@contextmanager
+def dying_server(terminals: Terminals) -> Iterator[Script]:
+    """Start a server that is killed between its first answer and the acknowledgement."""
 
     def watch(index: int, to_broker: bool) -> bool:
         if to_broker and index == ACK:
@@ -249,8 +249,16 @@ def test_a_server_killed_before_it_acknowledged_answers_twice(
         return True
 
     with closing(Proxy(terminals.amqp_url, watch)) as proxy:
-        caller = Caller(channel)
         dying = server(terminals, amqp_url=proxy.url)
+        yield dying
+
+
+def test_a_server_killed_before_it_acknowledged_answers_twice(
+    terminals: Terminals, channel: BlockingChannel
+) -> None:
+    """The request is still in the queue, so another server computes it again and answers, too."""
+    with dying_server(terminals) as dying:
+        caller = Caller(channel)
         correlation_id = caller.request(b"10")
         assert dying.wait() == -9
         server(terminals)
@@ -262,15 +270,7 @@ def test_the_client_takes_the_first_of_two_answers(
     terminals: Terminals, channel: BlockingChannel
 ) -> None:
     """A request that two servers answered has one answer for the client, and so have the others."""
-
-    def watch(index: int, to_broker: bool) -> bool:
-        if to_broker and index == ACK:
-            dying.process.kill()
-            return False
-        return True
-
-    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
-        dying = server(terminals, amqp_url=proxy.url)
+    with dying_server(terminals) as dying:
         client = terminals.start("rpc/rpc_client.py", "--timeout", "60", "20", "21", "22")
         assert dying.wait() == -9
         assert dying.out.seen == [AWAITING, " [.] fib(20)"]

@@ -15,7 +15,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker
 from pika.spec import Basic
 
-from tests.broker import Broker, eventually
+from tests.broker import Broker, eventually, virtual_host_of
 from tests.proxy import ACK, PUBLISH, Proxy
 from tests.terminal import ROOT, Script, Terminals
 
@@ -63,7 +63,7 @@ def ready(channel: BlockingChannel) -> int:
 def counts(broker: Broker, amqp_url: str) -> tuple[int, int]:
     """Return messages_ready and messages_unacknowledged, as rabbitmqctl shows them."""
     columns = ("name", "messages_ready", "messages_unacknowledged")
-    virtual_host = amqp_url.rpartition("/")[2]
+    virtual_host = virtual_host_of(amqp_url)
     shown = broker.rabbitmqctl("-q", "-p", virtual_host, "list_queues", *columns)
     row = next(line.split("\t") for line in shown.splitlines() if line.startswith("task_queue\t"))
     return int(row[1]), int(row[2])
@@ -203,7 +203,7 @@ def test_a_task_may_take_longer_than_the_heartbeat(
     broker: Broker, terminals: Terminals, channel: BlockingChannel
 ) -> None:
     """A task of six heartbeats runs once, is acknowledged once, on one connection."""
-    virtual_host = terminals.amqp_url.rpartition("/")[2]
+    virtual_host = virtual_host_of(terminals.amqp_url)
 
     def connections() -> set[str]:
         found = broker.api("GET", f"vhosts/{virtual_host}/connections")
@@ -391,7 +391,7 @@ def test_a_task_that_reaches_no_queue_is_an_error(
 
 def test_a_task_that_the_broker_rejects_is_an_error(broker: Broker, terminals: Terminals) -> None:
     """A full queue that rejects: the broker answers with a nack, and that is said."""
-    virtual_host = terminals.amqp_url.rpartition("/")[2]
+    virtual_host = virtual_host_of(terminals.amqp_url)
     full = {"max-length": 1, "overflow": "reject-publish"}
     policy = {"pattern": ".*", "definition": full, "apply-to": "queues"}
     broker.api("PUT", f"policies/{virtual_host}/full", policy)
