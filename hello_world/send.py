@@ -8,7 +8,7 @@ import sys
 import pika
 from pika.exceptions import AMQPConnectionError, AMQPError
 
-AMQP_URL = os.getenv("AMQP_URL", "").replace(" ", "") or "amqp://guest:guest@localhost:5672/%2F"
+AMQP_URL = "".join(os.getenv("AMQP_URL", "").split()) or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect() -> pika.BlockingConnection:

@@ -11,7 +11,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import AMQPConnectionError, AMQPError
 from pika.spec import Basic, BasicProperties
 
-AMQP_URL = os.getenv("AMQP_URL", "").replace(" ", "") or "amqp://guest:guest@localhost:5672/%2F"
+AMQP_URL = "".join(os.getenv("AMQP_URL", "").split()) or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect() -> pika.BlockingConnection:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import ssl
+import subprocess
 import sys
 from contextlib import closing
 from functools import partial
@@ -118,6 +119,17 @@ def test_a_malformed_url_is_one_line(terminals: Terminals, url: str) -> None:
     for started in [terminals.start(name, amqp_url=url) for name in SCRIPTS]:
         line = one_line(started)
         assert line == " [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host"
+
+
+@pytest.mark.parametrize("url", ["", " ", "\n"], ids=["empty", "space", "end of line"])
+def test_an_empty_url_is_as_good_as_none(url: str) -> None:
+    """A variable, or the file it comes from, that holds nothing: the broker is on this host."""
+    shown = subprocess.check_output(
+        [sys.executable, "-c", "import send; print(send.AMQP_URL)"],
+        env=environment(AMQP_URL=url, PYTHONPATH=str(ROOT / "hello_world")),
+        text=True,
+    )
+    assert shown == "amqp://guest:guest@localhost:5672/%2F\n"
 
 
 def test_other_settings_are_one_line(terminals: Terminals, channel: BlockingChannel) -> None:

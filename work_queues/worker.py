@@ -16,7 +16,7 @@ from pika.spec import Basic, BasicProperties
 
 Delivery = tuple[BlockingChannel, Basic.Deliver, BasicProperties, bytes]
 
-AMQP_URL = os.getenv("AMQP_URL", "").replace(" ", "") or "amqp://guest:guest@localhost:5672/%2F"
+AMQP_URL = "".join(os.getenv("AMQP_URL", "").split()) or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect() -> pika.BlockingConnection:
