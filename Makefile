@@ -10,7 +10,7 @@ VENV_PYTHON = .venv/bin/python
 .PHONY: help demo test broker lint clean
 
 help:
-	@echo 'make demo      play the four stages of the tutorial'
+	@echo 'make demo      play a part of each of the four lessons'
 	@echo 'make test      run the tests'
 	@echo 'make broker    keep a RabbitMQ on localhost:5672 until Ctrl+C'
 	@echo 'make lint      check format, style and types'
@@ -23,7 +23,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	@$(VENV_PYTHON) -m tests.broker --install --broker='$(BROKER)'
-	$(VENV_PYTHON) -m pytest -n 2 --dist loadgroup --broker='$(BROKER)' $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -n 2 --broker='$(BROKER)' $(PYTEST_ARGS)
 
 broker: .venv/ready
 	@$(VENV_PYTHON) -m tests.broker --broker='$(BROKER)'

@@ -253,6 +253,76 @@ class Container(Broker):
         self._container.stop()
 
 
+class Compose(Broker):
+    """The service of docker-compose.yml, as a project of its own and on ports of its own.
+
+    `settings` is the environment in which a command `docker compose` is about this project,
+    whatever a file .env says.
+    """
+
+    def __init__(self) -> None:
+        port, management_port = free_port(), free_port()
+        self.kind = f"in a container of {IMAGE}, by Docker Compose"
+        self.amqp_url = f"amqp://guest:guest@127.0.0.1:{port}/%2F"
+        self.management_url = f"http://127.0.0.1:{management_port}"
+        self.project = f"tutorial-test-{port}"
+        self.settings = {
+            "COMPOSE_PROJECT_NAME": self.project,
+            "COMPOSE_FILE": str(ROOT / "docker-compose.yml"),
+            "COMPOSE_DISABLE_ENV_FILE": "1",
+            "COMPOSE_PROGRESS": "plain",
+            "COMPOSE_ANSI": "never",
+            "RABBITMQ_IMAGE": IMAGE,
+            "RABBITMQ_PORT": str(port),
+            "RABBITMQ_MANAGEMENT_PORT": str(management_port),
+        }
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, *arguments: str) -> str:
+        """Run docker compose and return what it prints; CalledProcessError if it fails."""
+        return subprocess.run(
+            ["docker", "compose", *arguments],
+            check=True,
+            env=os.environ | self.settings,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+
+    @property
+    def rabbitmqctl_command(self) -> list[str]:
+        """The command line that runs rabbitmqctl in the service's container."""
+        settings = [f"{name}={value}" for name, value in self.settings.items()]
+        return ["env", *settings, *["docker", "compose", "exec", "-T", "rabbitmq", "rabbitmqctl"]]
+
+    def start(self) -> None:
+        """Start the service on its data, unless it runs, and wait until it is ready."""
+        self.run("up", "--detach", "--wait")
+        self.wait_until_ready()
+
+    def stop(self) -> None:
+        """Stop the service with SIGTERM."""
+        self.run("stop")
+
+    def kill(self) -> None:
+        """Kill the service with SIGKILL."""
+        self.run("kill")
+
+    def close(self) -> None:
+        """Remove the service and its data."""
+        self.run("down", "--volumes")
+
+    def left(self) -> str:
+        """Return the ids of this project's containers, volumes and networks."""
+        mine = f"label=com.docker.compose.project={self.project}"
+        kinds = (["ps", "-a"], ["volume", "ls"], ["network", "ls"])
+        commands = (["docker", *kind, "-q", "--filter", mine] for kind in kinds)
+        return "".join(subprocess.check_output(command, text=True) for command in commands)
+
+
 class LocalNode(Broker):
     """A private node of the installed rabbitmq-server: its own ports, data and Erlang cookie."""
 

@@ -11,7 +11,7 @@ import pika
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.broker import Broker, NoBroker, check, start
+from tests.broker import Broker, Compose, Container, NoBroker, check, compose_problem, start
 from tests.terminal import Terminals
 
 broker_key = pytest.StashKey[Broker]()
@@ -29,7 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     # A job in the background is started with Ctrl+C ignored, and what it starts inherits that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # SIGTERM ends a run in the same orderly way.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def in_parallel(config: pytest.Config) -> bool:
@@ -98,6 +100,25 @@ def own_broker(broker: Broker) -> Broker:
     if not broker.owned:
         pytest.skip("needs a broker that it may stop: --broker container or local")
     return broker
+
+
+@pytest.fixture(scope="session")
+def compose(pytestconfig: pytest.Config) -> Iterator[Compose]:
+    """The RabbitMQ of docker-compose.yml, up and healthy, where this run's broker is a container.
+
+    Nothing is left of it afterwards.
+    """
+    if not isinstance(pytestconfig.stash[broker_key], Container):
+        pytest.skip("needs a Docker engine: --broker=container")
+    if problem := compose_problem():
+        wanted = pytestconfig.option.broker == "container"
+        (pytest.fail if wanted else pytest.skip)(problem)
+    composed = Compose()
+    yield composed
+    before = composed.left()
+    composed.close()
+    assert before
+    assert not composed.left()
 
 
 @pytest.fixture

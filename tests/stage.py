@@ -2,8 +2,7 @@
 
 The lessons restart the broker with `docker compose restart rabbitmq`, and look into it with
 `docker compose exec rabbitmq rabbitmqctl`. With Docker Compose that is what happens, to a project
-that is started for the lessons. Without it, a command of the same name does the same to the broker
-of the tests.
+of the tests' own. Without it, a command of the same name does the same to the broker of the tests.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ import contextlib
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.broker import IMAGE, START_TIMEOUT, Broker, free_port
+from tests.broker import Broker, Compose
 from tests.terminal import ROOT, environment
 
 STAND_IN = """\
@@ -55,59 +53,6 @@ def terminal_path(*folders: Path) -> str:
     return os.pathsep.join(
         [*map(str, folders), str(Path(sys.executable).parent), os.environ["PATH"]]
     )
-
-
-class Compose(Broker):
-    """The service of docker-compose.yml, in a project and on ports of its own."""
-
-    def __init__(self) -> None:
-        port, management_port = free_port(), free_port()
-        self.kind = f"in a container of {IMAGE}, by Docker Compose"
-        self.amqp_url = f"amqp://guest:guest@127.0.0.1:{port}/%2F"
-        self.management_url = f"http://127.0.0.1:{management_port}"
-        self.settings = {
-            "COMPOSE_PROJECT_NAME": f"lessons-{port}",
-            "COMPOSE_FILE": str(ROOT / "docker-compose.yml"),
-            "COMPOSE_PROGRESS": "plain",
-            "COMPOSE_ANSI": "never",
-            "RABBITMQ_IMAGE": IMAGE,
-            "RABBITMQ_PORT": str(port),
-            "RABBITMQ_MANAGEMENT_PORT": str(management_port),
-        }
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-
-    def _compose(self, *arguments: str) -> None:
-        command = ["docker", "compose", *arguments]
-        subprocess.run(
-            command, check=True, env=os.environ | self.settings, timeout=START_TIMEOUT, stdout=2
-        )
-
-    @property
-    def rabbitmqctl_command(self) -> list[str]:
-        """The command line that runs rabbitmqctl in the service's container."""
-        settings = [f"{name}={value}" for name, value in self.settings.items()]
-        return ["env", *settings, *["docker", "compose", "exec", "-T", "rabbitmq", "rabbitmqctl"]]
-
-    def start(self) -> None:
-        """Start the service on its data, unless it runs, and wait until it is ready."""
-        self._compose("up", "--detach", "--wait")
-        self.wait_until_ready()
-
-    def stop(self) -> None:
-        """Stop the service with SIGTERM."""
-        self._compose("stop")
-
-    def kill(self) -> None:
-        """Kill the service with SIGKILL."""
-        self._compose("kill")
-
-    def close(self) -> None:
-        """Remove the service and its data."""
-        self._compose("down", "--volumes")
 
 
 @contextlib.contextmanager

@@ -6,13 +6,11 @@ The first tests are about the player itself: a text that is wrong must not pass.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.broker import Broker, Container, compose_problem
-from tests.conftest import broker_key
 from tests.lessons import (
     DOCUMENTS,
     LESSONS,
@@ -22,10 +20,8 @@ from tests.lessons import (
     console_blocks,
     has_excerpt,
 )
-from tests.stage import Compose, copy_tutorial, stage
+from tests.stage import copy_tutorial, stage
 from tests.terminal import ROOT, TIMEOUT, environment
-
-pytestmark = pytest.mark.xdist_group("lessons")  # in one process, with one broker for all
 
 GOOD = """\
 # A lesson
@@ -121,16 +117,12 @@ def test_an_excerpt_is_looked_up_in_one_piece() -> None:
     assert not has_excerpt(script, "b = 3\n")
 
 
-@pytest.fixture(scope="module")
-def lesson_broker(pytestconfig: pytest.Config) -> Iterator[Broker]:
+@pytest.fixture
+def lesson_broker(broker: Broker, request: pytest.FixtureRequest) -> Broker:
     """The broker of docker-compose.yml where containers are used, or else that of this run."""
-    broker = pytestconfig.stash[broker_key]
-    if not isinstance(broker, Container) or compose_problem():
-        yield broker
-        return
-    composed = Compose()
-    yield composed
-    composed.close()
+    if isinstance(broker, Container) and compose_problem() is None:
+        return request.getfixturevalue("compose")  # type: ignore[no-any-return]
+    return broker
 
 
 def name(document: Path) -> str:
