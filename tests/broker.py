@@ -299,9 +299,12 @@ class Compose(Broker):
         return ["env", *settings, *["docker", "compose", "exec", "-T", "rabbitmq", "rabbitmqctl"]]
 
     def start(self) -> None:
-        """Start the service on its data, unless it runs, and wait until it is ready."""
+        """Start the service on its data, unless it runs, and wait until compose calls it healthy.
+
+        Raises what a client raises if it does not serve at once.
+        """
         self.run("up", "--detach", "--wait")
-        self.wait_until_ready()
+        self._answers()
 
     def stop(self) -> None:
         """Stop the service with SIGTERM."""
@@ -408,9 +411,10 @@ class LocalNode(Broker):
     def close(self) -> None:
         """Kill the node and its port mapper, and remove its data."""
         self.kill()
-        with contextlib.suppress(FileNotFoundError):
+        try:
             eventually(self._end_port_mapper, "epmd ends")
-        shutil.rmtree(self._home, ignore_errors=True)
+        finally:
+            shutil.rmtree(self._home, ignore_errors=True)
 
     def _end_port_mapper(self) -> bool:
         """End epmd. It declines for as long as it has not noticed that the node is gone."""

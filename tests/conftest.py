@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -129,9 +130,9 @@ def figures(pytestconfig: pytest.Config) -> list[str]:
 
 @pytest.fixture
 def amqp_url(broker: Broker, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of a new virtual host, named after the test."""
+    """The URL of a new virtual host, named after the test and its process."""
     name = re.sub(r"\W+", "-", request.node.name)[:100].strip("-")
-    with broker.virtual_host(name) as url:
+    with broker.virtual_host(f"{name}-{os.getpid()}") as url:
         yield url
 
 

@@ -28,9 +28,8 @@ case "$1 $2 $3" in
     shift 3
     [ "$1" = rabbitmqctl ] && shift && exec {rabbitmqctl} "$@"
     ;;
-"compose start rabbitmq" | "compose stop rabbitmq" | \\
-"compose kill rabbitmq" | "compose restart rabbitmq")
-    echo "$2" >{asked}
+"compose restart rabbitmq")
+    echo restart >{asked}
     read -r answer <{answered}
     [ "$answer" = done ] && exit
     echo "$answer" >&2
@@ -93,19 +92,22 @@ def docker_stand_in(broker: Broker, folder: Path) -> Iterator[None]:
     command.chmod(0o755)
 
     def serve() -> None:
-        actions = {name: getattr(broker, name) for name in ("start", "stop", "kill", "restart")}
-        while (action := asked.read_text().strip()) != "end":
+        while asks.readline() != b"end\n":
             try:
-                actions[action]()
+                broker.restart()
                 answer = "done"
             except Exception as error:
                 answer = repr(error).replace("\n", " ")
-            answered.write_text(f"{answer}\n")
+            answers.write(f"{answer}\n".encode())
 
     server = threading.Thread(target=serve, daemon=True)
-    server.start()
-    try:
-        yield
-    finally:
-        asked.write_text("end\n")
-        server.join()
+    with (  # both ends of both pipes, so that nothing waits here for a command that was killed
+        asked.open("r+b", buffering=0) as asks,
+        answered.open("r+b", buffering=0) as answers,
+    ):
+        server.start()
+        try:
+            yield
+        finally:
+            asks.write(b"end\n")
+            server.join()

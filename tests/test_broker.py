@@ -206,6 +206,7 @@ def test_make_broker_keeps_one_until_it_is_interrupted(pytestconfig: pytest.Conf
         assert re.search(r"^hello\s+1$", listed, re.MULTILINE)
 
         another = Script(command, env)
+        terminals.scripts.append(another)
         assert another.wait() == 0
         assert another.out.seen[0].startswith("A broker is there already")
 
@@ -218,7 +219,8 @@ def test_make_broker_keeps_one_until_it_is_interrupted(pytestconfig: pytest.Conf
             assert not Path(its["HOME"]).exists()
             assert not speaks_amqp(int(its["ERL_EPMD_PORT"]))  # nobody listens there
     finally:
-        kept.kill()
+        kept.process.terminate()  # which ends its broker, too
+        kept.wait(60)
         terminals.close()
         if chosen == "container":
             subprocess.run(["docker", "compose", "down", "-v"], cwd=ROOT, env=env, check=True)

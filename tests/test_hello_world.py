@@ -5,6 +5,7 @@ from contextlib import closing
 
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
+from pika.spec import Queue
 
 from tests.broker import Broker, eventually, virtual_host_of
 from tests.proxy import Proxy
@@ -37,9 +38,14 @@ def test_either_script_may_start_first(terminals: Terminals, channel: BlockingCh
     first.expect(" [x] Received 'after the receiver'")
     first.stop()
 
+    def queue() -> Queue.DeclareOk:
+        return channel.queue_declare("hello", durable=True).method
+
+    eventually(lambda: queue().consumer_count == 0, "the broker knows that it is gone")
+
     terminals.run("hello_world/send.py", "one")
     terminals.run("hello_world/send.py", "two")
-    assert channel.queue_declare("hello", durable=True).method.message_count == 2
+    assert queue().message_count == 2
     second = receiver(terminals)
     second.expect(" [x] Received 'two'")
     assert second.out.seen == [WAITING, " [x] Received 'one'", " [x] Received 'two'"]
@@ -78,10 +84,15 @@ def test_the_next_node_is_tried_when_one_is_down(terminals: Terminals) -> None:
     """
     with closing(Proxy(terminals.amqp_url)) as down:
         pass
-    urls = f"amqp://no-such-host.invalid,{down.url}, {terminals.amqp_url}"
-    terminals.run("hello_world/send.py", "to the second", amqp_url=urls)
-    started = terminals.start("hello_world/receive.py", amqp_url=urls)
-    started.expect(" [x] Received 'to the second'")
+    with (
+        closing(Proxy(terminals.amqp_url)) as another,
+        terminals.environment(RES_OPTIONS="timeout:1 attempts:1"),  # of looking up an address
+    ):
+        urls = f"amqp://no-such-host.invalid,{down.url}, {terminals.amqp_url}, {another.url}"
+        terminals.run("hello_world/send.py", "to the third", amqp_url=urls)
+        started = terminals.start("hello_world/receive.py", amqp_url=urls)
+        started.expect(" [x] Received 'to the third'")
+        assert another.connections == 0
 
 
 @pytest.mark.parametrize(

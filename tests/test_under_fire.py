@@ -21,6 +21,7 @@ from decimal import Decimal
 from typing import Any
 
 import pika
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pika.adapters.blocking_connection import BlockingChannel
@@ -82,6 +83,7 @@ class Crew:
                 return
 
 
+@pytest.mark.timeout(400)  # three brokers that are slow to start
 def test_tasks_under_fire(own_broker: Broker, terminals: Terminals, figures: list[str]) -> None:
     """Every confirmed task is done, however often workers and the broker are killed.
 
@@ -167,8 +169,10 @@ def test_tasks_under_fire(own_broker: Broker, terminals: Terminals, figures: lis
                 if lines in outage_at:
                     broker_is_up.clear()
                     own_broker.kill()
-                    workers.kill_one(rng)
-                    own_broker.start()
+                    try:
+                        workers.kill_one(rng)
+                    finally:
+                        own_broker.start()
                     broker_is_up.set()
                     outages += 1
                 lines += 1
@@ -263,7 +267,7 @@ def test_rpc_under_fire(terminals: Terminals, figures: list[str]) -> None:
     assert wrong == 0
     assert given_up == 0
     assert right + timed_out == 200
-    assert overdue < TIMEOUT
+    assert overdue < 5, "seconds, on a busy machine"
     assert servers.killed >= 15
     assert servers.complaints() == []
     assert all(server.process.poll() is None for server in servers.members)

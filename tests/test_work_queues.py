@@ -60,6 +60,11 @@ def ready(channel: BlockingChannel) -> int:
     return int(channel.queue_declare("task_queue", passive=True).method.message_count)
 
 
+def consumers(channel: BlockingChannel) -> int:
+    """Return how many workers the queue has, as the broker counts them."""
+    return int(channel.queue_declare("task_queue", passive=True).method.consumer_count)
+
+
 def counts(broker: Broker, amqp_url: str) -> tuple[int, int]:
     """Return messages_ready and messages_unacknowledged, as rabbitmqctl shows them."""
     columns = ("name", "messages_ready", "messages_unacknowledged")
@@ -70,11 +75,13 @@ def counts(broker: Broker, amqp_url: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("task", ["no dot", "one.", "first. second."])
-def test_each_dot_is_a_second_of_work(terminals: Terminals, task: str) -> None:
+def test_each_dot_is_a_second_of_work(
+    terminals: Terminals, channel: BlockingChannel, task: str
+) -> None:
     """A task takes as many seconds as it has dots."""
     doing = worker(terminals)
     begin = time.monotonic()
-    terminals.run("work_queues/new_task.py", task)
+    put(channel, task)
     doing.expect(DONE)
     assert doing.out.seen == [WAITING, received(task), DONE]
     assert doing.out.time_of(DONE) - begin >= task.count(".")
@@ -107,6 +114,7 @@ def test_automatic_acknowledgement_loses_what_a_killed_worker_had(
     first.kill()
 
     second.expect(DONE, count=3)
+    eventually(lambda: consumers(channel) == 1, "the broker knows that the killed one is gone")
     put(channel, "after the kill")
     second.expect(DONE, count=4)
     assert tasks_of(first) == ["task 0......"]
@@ -190,12 +198,25 @@ def test_what_was_dealt_out_before_the_connection_was_lost(
     terminals: Terminals, channel: BlockingChannel, options: list[str]
 ) -> None:
     """What is in its queue again is left to others; what RabbitMQ has forgotten is still done."""
-    with closing(Proxy(terminals.amqp_url)) as proxy:
-        losing = worker(terminals, "--prefetch", "0", *options, amqp_url=proxy.url)
-        put(channel, "in hand..", "dealt out", "dealt out, too")
-        losing.expect(received("in hand.."))
+    tasks = ["in hand....", "dealt out", "dealt out, too"]
+    delivered: list[int] = []
+    heartbeats: list[int] = []  # of the worker, since it was sent all three
+
+    def watch(index: int, to_broker: bool) -> bool:
+        if to_broker and index == 0 and len(delivered) == 3:
+            heartbeats.append(index)
+        delivered.extend([index] * (index == Basic.Deliver.INDEX))
+        return True
+
+    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
+        url = f"{proxy.url}?heartbeat=1"
+        losing = worker(terminals, "--prefetch", "0", *options, amqp_url=url)
+        put(channel, *tasks)
+        losing.expect(received("in hand...."))
+        # The thread that sends these reads what was there before them.
+        eventually(lambda: len(heartbeats) >= 3, "the worker has received all three")
     losing.expect_error(re.compile(r" \[!\] .+; trying again every second"))
-    assert tasks_of(losing) == ["in hand..", "dealt out", "dealt out, too"][: 3 if options else 1]
+    assert tasks_of(losing) == tasks[: 3 if options else 1]
     assert ready(channel) == (0 if options else 3)
 
 
@@ -247,9 +268,10 @@ def test_rabbitmqctl_shows_ready_and_unacknowledged_tasks(
     own_broker: Broker, terminals: Terminals, channel: BlockingChannel
 ) -> None:
     """While a task runs it is unacknowledged, and those behind it are ready."""
-    put(channel, "a....", "b", "c")
+    long = "a" + "." * 60
+    put(channel, long, "b", "c")
     doing = worker(terminals)
-    doing.expect(received("a...."))
+    doing.expect(received(long))
     assert counts(own_broker, terminals.amqp_url) == (2, 1)
 
 
@@ -316,6 +338,7 @@ def share(
     )
     for each in workers:
         each.stop()
+    channel.queue_delete("task_queue")  # with a task whose acknowledgement was not out yet
     seconds = max(w.out.times[-1] for w in workers) - min(w.out.times[1] for w in workers)
     return [tasks_of(each) for each in workers], seconds
 
