@@ -195,10 +195,10 @@ def test_answers_in_another_order_go_to_their_requests(
 def test_two_servers_answer_in_another_order(terminals: Terminals) -> None:
     """The server that is free answers what is quick, and each answer finds its request."""
     servers = [server(terminals) for _ in range(2)]
-    client = terminals.run("rpc/rpc_client.py", "33", "5", "12")
-    assert client.out.all()[3:] == [" [.] Got 3524578", " [.] Got 5", " [.] Got 144"]
+    client = terminals.run("rpc/rpc_client.py", "35", "5", "12")
+    assert client.out.all()[3:] == [" [.] Got 9227465", " [.] Got 5", " [.] Got 144"]
     computed = sorted(printed_by(each)[1:] for each in servers)
-    assert computed == [[" [.] fib(33)"], [" [.] fib(5)", " [.] fib(12)"]]
+    assert computed == [[" [.] fib(35)"], [" [.] fib(5)", " [.] fib(12)"]]
 
 
 def test_an_answer_nobody_asked_for_is_ignored(
