@@ -399,17 +399,17 @@ def seconds_on_a_core_and_in_line(servers: list[Script]) -> tuple[float, float]:
 
 
 def servers_at_work(terminals: Terminals, servers: list[Script]) -> float:
-    """Return how many servers work at a time while 40 calls are in flight.
+    """Return how many servers work at a time while 16 calls are in flight.
 
     It is the time that they compute, over the time on the clock, less what they stood in line for
     a core. A call costs the same whoever answers it, so this is the calls in the same time, too,
     but does not depend on what else runs on the machine, or on how fast it is just now.
     """
     begin = seconds_on_a_core_and_in_line(servers)
-    client = terminals.run("rpc/rpc_client.py", "--timeout", "100", *["28"] * 40)
+    client = terminals.run("rpc/rpc_client.py", "--timeout", "100", *["31"] * 16)
     end = seconds_on_a_core_and_in_line(servers)
-    assert client.out.seen.count(" [.] Got 317811") == 40
-    elapsed = client.out.times[-1] - client.out.time_of(" [x] Requesting fib(28)")
+    assert client.out.seen.count(" [.] Got 1346269") == 16
+    elapsed = client.out.times[-1] - client.out.time_of(" [x] Requesting fib(31)")
     computed, in_line = (after - before for before, after in zip(begin, end, strict=True))
     return computed / (elapsed - in_line / len(servers))
 
@@ -425,8 +425,8 @@ def test_servers_share_the_load(terminals: Terminals, figures: list[str]) -> Non
     together = servers_at_work(terminals, servers)
     figures.append(f"two servers: {together / alone:.2f} times the calls of one")
     assert together / alone >= 1.6, (alone, together)
-    done = [printed_by(each).count(" [.] fib(28)") for each in servers]
-    assert sum(done) == 80, "none is done twice"
+    done = [printed_by(each).count(" [.] fib(31)") for each in servers]
+    assert sum(done) == 32, "none is done twice"
 
 
 def test_a_client_says_that_its_connection_is_lost(
