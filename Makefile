@@ -18,15 +18,15 @@ help:
 	@echo 'BROKER=auto|container|local|URL says where RabbitMQ comes from.'
 
 demo: .venv/ready
-	@$(VENV_PYTHON) -m tests.broker --install --broker='$(BROKER)'
-	@$(VENV_PYTHON) -m tests.demo --broker='$(BROKER)'
+	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
+	@$(VENV_PYTHON) -m tools.demo --broker='$(BROKER)'
 
 test: .venv/ready
-	@$(VENV_PYTHON) -m tests.broker --install --broker='$(BROKER)'
+	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
 	$(VENV_PYTHON) -m pytest -n 2 --broker='$(BROKER)' $(PYTEST_ARGS)
 
 broker: .venv/ready
-	@$(VENV_PYTHON) -m tests.broker --broker='$(BROKER)'
+	@$(VENV_PYTHON) -m tools.broker --broker='$(BROKER)'
 
 lint: .venv/ready
 	.venv/bin/ruff format --check .

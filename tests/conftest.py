@@ -12,8 +12,8 @@ import pika
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.broker import Broker, Compose, Container, NoBroker, check, compose_problem, start
-from tests.terminal import Terminals
+from tests.scripts import Scripts
+from tools.broker import Broker, Compose, Container, NoBroker, check, compose_problem, start
 
 broker_key = pytest.StashKey[Broker]()
 figures_key = pytest.StashKey[list[str]]()
@@ -137,9 +137,9 @@ def amqp_url(broker: Broker, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def terminals(amqp_url: str) -> Iterator[Terminals]:
-    """Terminals on the test's virtual host; what still runs in them is killed at last."""
-    opened = Terminals(amqp_url)
+def scripts(amqp_url: str) -> Iterator[Scripts]:
+    """Scripts on the test's virtual host; what still runs in them is killed at last."""
+    opened = Scripts(amqp_url)
     yield opened
     opened.close()
 

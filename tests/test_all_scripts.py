@@ -20,9 +20,10 @@ import pytest
 import trustme
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.broker import Broker, eventually, free_port, virtual_host_of
 from tests.proxy import ACK, Proxy
-from tests.terminal import ROOT, Script, Terminals, environment
+from tests.scripts import Script, Scripts
+from tools import ROOT, environment
+from tools.broker import Broker, eventually, free_port, virtual_host_of
 
 ONE_SHOT = [
     "hello_world/send.py",
@@ -47,9 +48,9 @@ def expect_waiting(script: Script, name: str, count: int = 1) -> None:
     expect(CONSUMERS[name], count=count, timeout=30)
 
 
-def consumer(terminals: Terminals, name: str) -> Script:
+def consumer(scripts: Scripts, name: str) -> Script:
     """Start a consumer and wait until it consumes."""
-    started = terminals.start(name)
+    started = scripts.start(name)
     expect_waiting(started, name)
     return started
 
@@ -79,25 +80,25 @@ def one_line(script: Script) -> str:
 # --- Errors: one line, no traceback, no password ---
 
 
-def test_no_broker_is_one_line(terminals: Terminals) -> None:
+def test_no_broker_is_one_line(scripts: Scripts) -> None:
     """A script that has nothing to wait for fails at once where no broker is."""
-    nobody = replaced(terminals.amqp_url, user=f"guest:{SECRET}", port=free_port())
-    for started in [terminals.start(name, amqp_url=nobody) for name in ONE_SHOT]:
+    nobody = replaced(scripts.amqp_url, user=f"guest:{SECRET}", port=free_port())
+    for started in [scripts.start(name, amqp_url=nobody) for name in ONE_SHOT]:
         line = one_line(started)
         assert line == " [!] Cannot connect to RabbitMQ: [Errno 111] Connection refused"
 
 
-def test_a_wrong_password_is_one_line(terminals: Terminals) -> None:
+def test_a_wrong_password_is_one_line(scripts: Scripts) -> None:
     """A wrong password stays wrong: consumers do not try again either."""
-    url = replaced(terminals.amqp_url, user=f"guest:{SECRET}")
-    for started in [terminals.start(name, amqp_url=url) for name in SCRIPTS]:
+    url = replaced(scripts.amqp_url, user=f"guest:{SECRET}")
+    for started in [scripts.start(name, amqp_url=url) for name in SCRIPTS]:
         assert "ACCESS_REFUSED - Login was refused" in one_line(started)
 
 
-def test_a_wrong_virtual_host_is_one_line(terminals: Terminals) -> None:
+def test_a_wrong_virtual_host_is_one_line(scripts: Scripts) -> None:
     """The broker says which virtual host it does not know."""
-    url = replaced(terminals.amqp_url, path="/nowhere")
-    for started in [terminals.start(name, amqp_url=url) for name in SCRIPTS]:
+    url = replaced(scripts.amqp_url, path="/nowhere")
+    for started in [scripts.start(name, amqp_url=url) for name in SCRIPTS]:
         assert "NOT_ALLOWED - vhost nowhere not found" in one_line(started)
 
 
@@ -114,9 +115,9 @@ MALFORMED = [
 @pytest.mark.parametrize(
     "url", MALFORMED, ids=["slash", "port", "parameter", "host", "option", "no URL"]
 )
-def test_a_malformed_url_is_one_line(terminals: Terminals, url: str) -> None:
+def test_a_malformed_url_is_one_line(scripts: Scripts, url: str) -> None:
     """The line says what an AMQP URL is like; it does not show the one that is wrong."""
-    for started in [terminals.start(name, amqp_url=url) for name in SCRIPTS]:
+    for started in [scripts.start(name, amqp_url=url) for name in SCRIPTS]:
         line = one_line(started)
         assert line == " [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host"
 
@@ -132,25 +133,25 @@ def test_an_empty_url_is_as_good_as_none(url: str) -> None:
     assert shown == "amqp://guest:guest@localhost:5672/%2F\n"
 
 
-def test_other_settings_are_one_line(terminals: Terminals, channel: BlockingChannel) -> None:
+def test_other_settings_are_one_line(scripts: Scripts, channel: BlockingChannel) -> None:
     """A queue or an exchange that exists with other settings is refused, and that is said."""
     for queue in ("hello", "task_queue", "rpc_queue"):
         channel.queue_declare(queue, durable=True, arguments={"x-max-length": 5})
     channel.exchange_declare("logs", "direct", durable=True)
     declaring = [name for name in SCRIPTS if name != "rpc/rpc_client.py"]  # its queue is its own
-    for started in [terminals.start(name) for name in declaring]:
+    for started in [scripts.start(name) for name in declaring]:
         assert "PRECONDITION_FAILED - inequivalent arg" in one_line(started)
 
 
-def test_access_refused_is_one_line(broker: Broker, terminals: Terminals) -> None:
+def test_access_refused_is_one_line(broker: Broker, scripts: Scripts) -> None:
     """A user without permissions for a queue or an exchange is told so."""
-    virtual_host = virtual_host_of(terminals.amqp_url)
+    virtual_host = virtual_host_of(scripts.amqp_url)
     nothing = {"configure": "", "write": "", "read": ""}
     broker.api("PUT", "users/newcomer", {"password": SECRET, "tags": ""})
     try:
         broker.api("PUT", f"permissions/{virtual_host}/newcomer", nothing)
-        url = replaced(terminals.amqp_url, user=f"newcomer:{quote(SECRET)}")
-        for started in [terminals.start(name, amqp_url=url) for name in SCRIPTS]:
+        url = replaced(scripts.amqp_url, user=f"newcomer:{quote(SECRET)}")
+        for started in [scripts.start(name, amqp_url=url) for name in SCRIPTS]:
             line = one_line(started)
             assert "ACCESS_REFUSED - " in line
             assert "'newcomer'" in line
@@ -158,17 +159,17 @@ def test_access_refused_is_one_line(broker: Broker, terminals: Terminals) -> Non
         broker.api("DELETE", "users/newcomer")
 
 
-def test_a_refused_message_is_no_message_sent(broker: Broker, terminals: Terminals) -> None:
+def test_a_refused_message_is_no_message_sent(broker: Broker, scripts: Scripts) -> None:
     """A user who may declare and read, but not write: what the broker refuses was not sent."""
-    virtual_host = virtual_host_of(terminals.amqp_url)
+    virtual_host = virtual_host_of(scripts.amqp_url)
     reader = {"configure": ".*", "write": r"^(?!amq\.default$|logs$).*", "read": ".*"}
-    terminals.run("hello_world/send.py")
-    serving = consumer(terminals, "rpc/rpc_server.py")
+    scripts.run("hello_world/send.py")
+    serving = consumer(scripts, "rpc/rpc_server.py")
     broker.api("PUT", "users/reader", {"password": SECRET, "tags": ""})
     try:
         broker.api("PUT", f"permissions/{virtual_host}/reader", reader)
-        url = replaced(terminals.amqp_url, user=f"reader:{quote(SECRET)}")
-        *producers, client = [terminals.start(name, amqp_url=url) for name in ONE_SHOT]
+        url = replaced(scripts.amqp_url, user=f"reader:{quote(SECRET)}")
+        *producers, client = [scripts.start(name, amqp_url=url) for name in ONE_SHOT]
         for started in producers:
             assert re.search("ACCESS_REFUSED - .*(amq.default|logs)", one_line(started))
             assert started.out.seen == []
@@ -179,20 +180,20 @@ def test_a_refused_message_is_no_message_sent(broker: Broker, terminals: Termina
     assert serving.out.seen == [CONSUMERS["rpc/rpc_server.py"]]
 
 
-def test_a_broker_that_is_silent_is_one_line(terminals: Terminals) -> None:
+def test_a_broker_that_is_silent_is_one_line(scripts: Scripts) -> None:
     """A host that accepts the connection and says nothing is given up after pika's timeout."""
-    with closing(Proxy(terminals.amqp_url, lambda *_: False)) as silent:
+    with closing(Proxy(scripts.amqp_url, lambda *_: False)) as silent:
         url = f"{silent.url}?stack_timeout=1"
-        for started in [terminals.start(name, amqp_url=url) for name in ONE_SHOT]:
+        for started in [scripts.start(name, amqp_url=url) for name in ONE_SHOT]:
             assert one_line(started).startswith(" [!] Cannot connect to RabbitMQ: Timeout")
-        for started in [terminals.start(name, amqp_url=url) for name in CONSUMERS]:
+        for started in [scripts.start(name, amqp_url=url) for name in CONSUMERS]:
             started.expect_error(re.compile(r" \[!\] Cannot connect to RabbitMQ: Timeout.*"))
 
 
 # --- AMQP_URL: what pika understands in it ---
 
 
-def test_an_amqps_url_is_encrypted(terminals: Terminals, tmp_path: Path) -> None:
+def test_an_amqps_url_is_encrypted(scripts: Scripts, tmp_path: Path) -> None:
     """amqps and ssl_options work as pika's URLParameters says; a stranger's certificate is one
     line."""
     ours, stranger = trustme.CA(), trustme.CA()
@@ -201,14 +202,14 @@ def test_an_amqps_url_is_encrypted(terminals: Terminals, tmp_path: Path) -> None
     for name, authority in (("ours", ours), ("stranger", stranger)):
         authority.cert_pem.write_to_path(str(tmp_path / name))
 
-    with closing(Proxy(terminals.amqp_url, tls=tls)) as encrypted:
+    with closing(Proxy(scripts.amqp_url, tls=tls)) as encrypted:
         url, untrusting = (
             f"{encrypted.url}?ssl_options={quote(str({'ca_certs': str(tmp_path / name)}))}"
             for name in ("ours", "stranger")
         )
-        one_line(terminals.start("hello_world/send.py", amqp_url=untrusting))
-        terminals.run("hello_world/send.py", amqp_url=url)
-        started = terminals.start("hello_world/receive.py", amqp_url=f"amqp://127.0.0.2:1,{url}")
+        one_line(scripts.start("hello_world/send.py", amqp_url=untrusting))
+        scripts.run("hello_world/send.py", amqp_url=url)
+        started = scripts.start("hello_world/receive.py", amqp_url=f"amqp://127.0.0.2:1,{url}")
         started.expect(" [x] Received 'Hello World!'")
 
 
@@ -217,21 +218,21 @@ def test_an_amqps_url_is_encrypted(terminals: Terminals, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_consumers_outlive_a_broker_restart(
-    own_broker: Broker, terminals: Terminals, amqp_url: str, end: str
+    own_broker: Broker, scripts: Scripts, amqp_url: str, end: str
 ) -> None:
     """Each says in one line that the broker is lost, waits, and goes on by itself; so does one
     that starts before the broker. A worker and a server in the middle of their work, too."""
     lost = re.compile(r" \[!\] .+; trying again every second")
-    consumers = [(name, consumer(terminals, name)) for name in CONSUMERS]
-    terminals.run("work_queues/new_task.py", "task.....")
+    consumers = [(name, consumer(scripts, name)) for name in CONSUMERS]
+    scripts.run("work_queues/new_task.py", "task.....")
     consumers[1][1].expect(" [x] Received 'task.....'")
-    client = terminals.start("rpc/rpc_client.py", "--timeout", "60", *["33"] * 10)
+    client = scripts.start("rpc/rpc_client.py", "--timeout", "60", *["33"] * 10)
     consumers[3][1].expect(" [.] fib(33)")
 
     getattr(own_broker, end)()
     try:
         one_line(client)
-        early = [(name, terminals.start(name)) for name in CONSUMERS]
+        early = [(name, scripts.start(name)) for name in CONSUMERS]
         for _, script in consumers[:1] + consumers[2:3] + early:
             script.expect_error(lost)
     finally:
@@ -265,16 +266,16 @@ def test_consumers_outlive_a_broker_restart(
     eventually(lambda: tasks <= printed_by(1), "all tasks are done, that in hand once more")
     for _, script in (consumers[2], early[2]):
         script.expect(" [x] log")
-    assert terminals.run("rpc/rpc_client.py", "7").out.seen[-1] == " [.] Got 13"
+    assert scripts.run("rpc/rpc_client.py", "7").out.seen[-1] == " [.] Got 13"
 
 
 # --- Ctrl+C and SIGTERM ---
 
 
 @pytest.mark.parametrize("how", STOPS, ids=lambda how: how.name)
-def test_an_idle_consumer_ends_at_once(terminals: Terminals, how: signal.Signals) -> None:
+def test_an_idle_consumer_ends_at_once(scripts: Scripts, how: signal.Signals) -> None:
     """Within a second, with nothing on standard error and exit status 0."""
-    for name, script in [(name, consumer(terminals, name)) for name in CONSUMERS]:
+    for name, script in [(name, consumer(scripts, name)) for name in CONSUMERS]:
         assert script.stop(how) < 1, name
         assert script.process.returncode == 0
         assert [line for line in script.err.seen if line != CONSUMERS[name]] == []
@@ -282,11 +283,11 @@ def test_an_idle_consumer_ends_at_once(terminals: Terminals, how: signal.Signals
 
 @pytest.mark.parametrize("how", STOPS, ids=lambda how: how.name)
 def test_a_consumer_that_waits_for_a_broker_ends_at_once(
-    terminals: Terminals, how: signal.Signals
+    scripts: Scripts, how: signal.Signals
 ) -> None:
     """The same where there is no broker yet."""
-    nobody = replaced(terminals.amqp_url, port=free_port())
-    for script in [terminals.start(name, amqp_url=nobody) for name in CONSUMERS]:
+    nobody = replaced(scripts.amqp_url, port=free_port())
+    for script in [scripts.start(name, amqp_url=nobody) for name in CONSUMERS]:
         script.expect_error(re.compile(r" \[!\] Cannot connect .*"))
         assert script.stop(how) < 1
         assert script.process.returncode == 0
@@ -295,15 +296,13 @@ def test_a_consumer_that_waits_for_a_broker_ends_at_once(
 
 @pytest.mark.parametrize("how", STOPS, ids=lambda how: how.name)
 def test_a_task_in_hand_goes_back_to_its_queue(
-    terminals: Terminals, channel: BlockingChannel, how: signal.Signals
+    scripts: Scripts, channel: BlockingChannel, how: signal.Signals
 ) -> None:
     """A worker and a server that are stopped in the middle of their work end within a second, and
     others get what they had."""
-    worker, server = (
-        consumer(terminals, n) for n in ("work_queues/worker.py", "rpc/rpc_server.py")
-    )
-    terminals.run("work_queues/new_task.py", "a long task..........")
-    client = terminals.start("rpc/rpc_client.py", "35", "--timeout", "60")
+    worker, server = (consumer(scripts, n) for n in ("work_queues/worker.py", "rpc/rpc_server.py"))
+    scripts.run("work_queues/new_task.py", "a long task..........")
+    client = scripts.start("rpc/rpc_client.py", "35", "--timeout", "60")
     worker.expect(" [x] Received 'a long task..........'")
     server.expect(" [.] fib(35)")
     for script in (server, worker):
@@ -322,11 +321,11 @@ def test_a_task_in_hand_goes_back_to_its_queue(
 
 @pytest.mark.parametrize("how", STOPS, ids=lambda how: how.name)
 def test_a_producer_that_waits_for_the_broker_ends_at_once(
-    terminals: Terminals, how: signal.Signals
+    scripts: Scripts, how: signal.Signals
 ) -> None:
     """A broker that hangs holds no script: it ends within a second, and has not said "Sent"."""
-    with closing(Proxy(terminals.amqp_url, lambda *_: False)) as silent:
-        producers = [terminals.start(name, amqp_url=silent.url) for name in ONE_SHOT]
+    with closing(Proxy(scripts.amqp_url, lambda *_: False)) as silent:
+        producers = [scripts.start(name, amqp_url=silent.url) for name in ONE_SHOT]
         eventually(lambda: silent.connections == len(ONE_SHOT), "the scripts connect")
         for started in producers:
             assert started.stop(how) < 1
@@ -336,7 +335,7 @@ def test_a_producer_that_waits_for_the_broker_ends_at_once(
 
 @pytest.mark.parametrize("how", STOPS, ids=lambda how: how.name)
 def test_new_task_ends_at_once_while_it_waits_for_the_confirm(
-    terminals: Terminals, how: signal.Signals
+    scripts: Scripts, how: signal.Signals
 ) -> None:
     """A task that is not confirmed is not reported as sent."""
     held: list[int] = []
@@ -345,8 +344,8 @@ def test_new_task_ends_at_once_while_it_waits_for_the_confirm(
         held.extend([index] * (index == ACK))
         return not held
 
-    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
-        started = terminals.start("work_queues/new_task.py", amqp_url=proxy.url)
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        started = scripts.start("work_queues/new_task.py", amqp_url=proxy.url)
         eventually(lambda: held, "the broker confirms the task")
         assert started.stop(how) < 1
     assert started.process.returncode == 128 + how
@@ -356,29 +355,29 @@ def test_new_task_ends_at_once_while_it_waits_for_the_confirm(
 # --- Complete in itself ---
 
 
-def test_each_script_runs_alone_with_pika_alone(terminals: Terminals, tmp_path: Path) -> None:
+def test_each_script_runs_alone_with_pika_alone(scripts: Scripts, tmp_path: Path) -> None:
     """Copied into an empty folder, with nothing installed but pika, each script does its work."""
     installed = tmp_path / "installed"
     installed.mkdir()
     assert pika.__file__
     (installed / "pika").symlink_to(Path(pika.__file__).parent)
-    env = environment(terminals.amqp_url, PYTHONPATH=str(installed))
+    env = environment(scripts.amqp_url, PYTHONPATH=str(installed))
     for name in [*CONSUMERS, *ONE_SHOT]:
         folder = tmp_path / Path(name).stem
         folder.mkdir()
         copy = Path(shutil.copy(ROOT / name, folder))
         # -S leaves out all that is installed beside the standard library
         script = Script([sys.executable, "-S", copy.name], env, cwd=folder)
-        terminals.scripts.append(script)
+        scripts.started.append(script)
         if name in CONSUMERS:
             expect_waiting(script, name)
         else:
             assert script.wait() == 0, str(script)
-    receive, worker, receive_logs, _server = terminals.scripts[:4]
+    receive, worker, receive_logs, _server = scripts.started[:4]
     receive.expect(" [x] Received 'Hello World!'")
     worker.expect(" [x] Received 'Hello...'")
     receive_logs.expect(" [x] info: Hello World!")
-    assert terminals.scripts[-1].out.seen[-1] == " [.] Got 832040"
+    assert scripts.started[-1].out.seen[-1] == " [.] Got 832040"
 
 
 def parts_of(name: str) -> dict[str, str]:
@@ -423,10 +422,10 @@ def test_a_script_imports_pika_and_the_standard_library_alone(name: str) -> None
 # --- Help and usage ---
 
 
-def test_help_says_what_a_script_is_for(terminals: Terminals) -> None:
+def test_help_says_what_a_script_is_for(scripts: Scripts) -> None:
     """--help needs no broker; it shows the usage and what the script does."""
-    nobody = replaced(terminals.amqp_url, port=free_port())
-    for shown in [terminals.start(name, "--help", amqp_url=nobody) for name in SCRIPTS]:
+    nobody = replaced(scripts.amqp_url, port=free_port())
+    for shown in [scripts.start(name, "--help", amqp_url=nobody) for name in SCRIPTS]:
         assert shown.wait() == 0
         assert shown.out.seen[0].startswith(f"usage: {shown.path.name} ")
         purpose = ast.get_docstring(ast.parse(shown.path.read_text()))
@@ -441,20 +440,20 @@ REFUSED += [("work_queues/worker.py", f"--prefetch={n}") for n in ("many", "-1",
 REFUSED += [("rpc/rpc_client.py", "ten"), ("rpc/rpc_client.py", "--timeout=soon")]
 
 
-def test_what_a_script_does_not_know_is_refused(terminals: Terminals) -> None:
+def test_what_a_script_does_not_know_is_refused(scripts: Scripts) -> None:
     """A usage line on standard error and exit status 2; it needs no broker."""
-    nobody = replaced(terminals.amqp_url, port=free_port())
-    for refused in [terminals.start(*call, amqp_url=nobody) for call in REFUSED]:
+    nobody = replaced(scripts.amqp_url, port=free_port())
+    for refused in [scripts.start(*call, amqp_url=nobody) for call in REFUSED]:
         assert refused.wait() == 2
         assert refused.out.seen == []
         assert refused.err.seen[0].startswith(f"usage: {refused.path.name} ")
         assert refused.err.seen[-1].startswith(f"{refused.path.name}: error: ")
 
 
-def test_a_timeout_must_be_a_time(terminals: Terminals) -> None:
+def test_a_timeout_must_be_a_time(scripts: Scripts) -> None:
     """rpc_client.py refuses a timeout that is none, with a usage line."""
     for seconds in ("0", "-1", "nan", "inf"):
-        refused = terminals.run("rpc/rpc_client.py", f"--timeout={seconds}", status=2)
+        refused = scripts.run("rpc/rpc_client.py", f"--timeout={seconds}", status=2)
         *usage, error = refused.err.all()
         assert all(line.startswith(("usage", " ")) for line in usage)
         assert error.startswith("rpc_client.py: error: timeout must be")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import tests.broker
-from tests.broker import (
+import tools.broker
+from tests.scripts import Script, Scripts
+from tools import environment
+from tools.broker import (
     INSTALL,
     ROOT,
     Broker,
@@ -23,7 +25,6 @@ from tests.broker import (
     install,
     speaks_amqp,
 )
-from tests.terminal import Script, Terminals, environment
 
 NOWHERE = "unix:///nowhere/docker.sock"
 
@@ -31,8 +32,8 @@ NOWHERE = "unix:///nowhere/docker.sock"
 def pytest_run(*arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
     """Run pytest as a process, on a machine with no rabbitmq-server in Debian's place for it."""
     hidden = (
-        "import pathlib, sys, pytest, tests.broker\n"
-        "tests.broker.SERVER = pathlib.Path('/nowhere')\n"
+        "import pathlib, sys, pytest, tools.broker\n"
+        "tools.broker.SERVER = pathlib.Path('/nowhere')\n"
         "sys.exit(pytest.main(sys.argv[1:]))\n"
     )
     return subprocess.run(
@@ -58,7 +59,7 @@ def program(folder: Path, name: str, script: str = "exit 0") -> Path:
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with no rabbitmq-server, and no engine behind its docker command: its PATH."""
     path = program(tmp_path / "bin", "docker").parent
-    monkeypatch.setattr(tests.broker, "SERVER", tmp_path / "nowhere")
+    monkeypatch.setattr(tools.broker, "SERVER", tmp_path / "nowhere")
     monkeypatch.setenv("PATH", str(path))
     monkeypatch.setenv("DOCKER_HOST", NOWHERE)
     return path
@@ -187,15 +188,15 @@ def test_make_broker_keeps_one_until_it_is_interrupted(pytestconfig: pytest.Conf
         RABBITMQ_PORT=str(port),
         RABBITMQ_MANAGEMENT_PORT=str(free_port()),
     )
-    command = [sys.executable, "-m", "tests.broker", f"--broker={choice}"]
+    command = [sys.executable, "-m", "tools.broker", f"--broker={choice}"]
     url = f"amqp://guest:guest@localhost:{port}/%2F"
     kept = Script(command, env)
-    terminals = Terminals(url)
+    scripts = Scripts(url)
     try:
         kept.expect(f"    export AMQP_URL={url}", timeout=60)
         kept.expect(re.compile("    alias rabbitmqctl=.*"))
         alias = kept.out.seen[-1].strip()
-        terminals.run("hello_world/send.py")
+        scripts.run("hello_world/send.py")
         listed = subprocess.check_output(
             ["bash", "-O", "expand_aliases", "-c", f"{alias}\nrabbitmqctl -q list_queues"],
             cwd=ROOT,
@@ -206,7 +207,7 @@ def test_make_broker_keeps_one_until_it_is_interrupted(pytestconfig: pytest.Conf
         assert re.search(r"^hello\s+1$", listed, re.MULTILINE)
 
         another = Script(command, env)
-        terminals.scripts.append(another)
+        scripts.started.append(another)
         assert another.wait() == 0
         assert another.out.seen[0].startswith("A broker is there already")
 
@@ -221,6 +222,6 @@ def test_make_broker_keeps_one_until_it_is_interrupted(pytestconfig: pytest.Conf
     finally:
         kept.process.terminate()  # which ends its broker, too
         kept.wait(60)
-        terminals.close()
+        scripts.close()
         if chosen == "container":
             subprocess.run(["docker", "compose", "down", "-v"], cwd=ROOT, env=env, check=True)

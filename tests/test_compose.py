@@ -7,24 +7,24 @@ from collections.abc import Iterator
 import pytest
 import requests
 
-from tests.broker import Compose
-from tests.terminal import Terminals
+from tests.scripts import Scripts
+from tools.broker import Compose
 
 
 @pytest.fixture
-def terminals(compose: Compose) -> Iterator[Terminals]:
-    """Terminals whose scripts find the compose file's RabbitMQ."""
-    opened = Terminals(compose.amqp_url)
+def scripts(compose: Compose) -> Iterator[Scripts]:
+    """Scripts whose scripts find the compose file's RabbitMQ."""
+    opened = Scripts(compose.amqp_url)
     yield opened
     opened.close()
 
 
 def test_compose_gives_a_broker_with_its_management_page(
-    compose: Compose, terminals: Terminals
+    compose: Compose, scripts: Scripts
 ) -> None:
     """As soon as compose is done waiting, scripts and the management page work."""
-    terminals.run("hello_world/send.py")
-    terminals.start("hello_world/receive.py").expect(" [x] Received 'Hello World!'")
+    scripts.run("hello_world/send.py")
+    scripts.start("hello_world/receive.py").expect(" [x] Received 'Hello World!'")
     page = requests.get(compose.management_url, timeout=10)
     assert "RabbitMQ" in page.text
     assert compose.api("GET", "whoami")["name"] == "guest"
@@ -41,12 +41,12 @@ def test_compose_publishes_on_this_machine_only(compose: Compose) -> None:
 
 
 def test_data_survive_when_the_container_is_created_anew(
-    compose: Compose, terminals: Terminals
+    compose: Compose, scripts: Scripts
 ) -> None:
     """A persistent task in the durable queue is there after `docker compose down` and `up`."""
-    terminals.run("work_queues/new_task.py", "Survivor")
+    scripts.run("work_queues/new_task.py", "Survivor")
     before = compose.run("ps", "-q", "rabbitmq")
     compose.run("down")
     compose.start()
     assert compose.run("ps", "-q", "rabbitmq") != before
-    terminals.start("work_queues/worker.py").expect(" [x] Received 'Survivor'")
+    scripts.start("work_queues/worker.py").expect(" [x] Received 'Survivor'")

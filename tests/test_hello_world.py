@@ -7,34 +7,34 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import Queue
 
-from tests.broker import Broker, eventually, virtual_host_of
 from tests.proxy import Proxy
-from tests.terminal import Script, Terminals
+from tests.scripts import Script, Scripts
+from tools.broker import Broker, eventually, virtual_host_of
 
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"
 
 
-def receiver(terminals: Terminals) -> Script:
+def receiver(scripts: Scripts) -> Script:
     """Start a receiver and wait until it waits for messages."""
-    started = terminals.start("hello_world/receive.py")
+    started = scripts.start("hello_world/receive.py")
     started.expect(WAITING)
     return started
 
 
-def test_a_message_waits_for_its_receiver(terminals: Terminals) -> None:
+def test_a_message_waits_for_its_receiver(scripts: Scripts) -> None:
     """A message sent while no receiver runs waits in the queue; one started later prints it."""
-    sender = terminals.run("hello_world/send.py")
+    sender = scripts.run("hello_world/send.py")
     assert sender.out.all() == [" [x] Sent 'Hello World!'"]
 
-    receiver = terminals.start("hello_world/receive.py")
+    receiver = scripts.start("hello_world/receive.py")
     receiver.expect(" [x] Received 'Hello World!'")
     assert receiver.out.seen == [WAITING, " [x] Received 'Hello World!'"]
 
 
-def test_either_script_may_start_first(terminals: Terminals, channel: BlockingChannel) -> None:
+def test_either_script_may_start_first(scripts: Scripts, channel: BlockingChannel) -> None:
     """Both scripts declare the queue, and to declare it again changes nothing in it."""
-    first = receiver(terminals)
-    terminals.run("hello_world/send.py", "after the receiver")
+    first = receiver(scripts)
+    scripts.run("hello_world/send.py", "after the receiver")
     first.expect(" [x] Received 'after the receiver'")
     first.stop()
 
@@ -43,18 +43,18 @@ def test_either_script_may_start_first(terminals: Terminals, channel: BlockingCh
 
     eventually(lambda: queue().consumer_count == 0, "the broker knows that it is gone")
 
-    terminals.run("hello_world/send.py", "one")
-    terminals.run("hello_world/send.py", "two")
+    scripts.run("hello_world/send.py", "one")
+    scripts.run("hello_world/send.py", "two")
     assert queue().message_count == 2
-    second = receiver(terminals)
+    second = receiver(scripts)
     second.expect(" [x] Received 'two'")
     assert second.out.seen == [WAITING, " [x] Received 'one'", " [x] Received 'two'"]
 
 
-def test_each_message_goes_to_exactly_one_receiver(terminals: Terminals) -> None:
+def test_each_message_goes_to_exactly_one_receiver(scripts: Scripts) -> None:
     """Many senders feed the queue and many receivers read it; none prints another's message."""
-    receivers = [receiver(terminals) for _ in range(3)]
-    senders = [terminals.start("hello_world/send.py", f"message {i}") for i in range(9)]
+    receivers = [receiver(scripts) for _ in range(3)]
+    senders = [scripts.start("hello_world/send.py", f"message {i}") for i in range(9)]
     for sender in senders:
         assert sender.wait() == 0, str(sender)
 
@@ -68,29 +68,29 @@ def test_each_message_goes_to_exactly_one_receiver(terminals: Terminals) -> None
     assert all(len(each.out.seen) == 1 + 3 for each in receivers), "they are served in turn"
 
 
-def test_amqp_url_alone_says_where_the_broker_is(terminals: Terminals) -> None:
+def test_amqp_url_alone_says_where_the_broker_is(scripts: Scripts) -> None:
     """Sender and receiver reach the broker under different addresses, through AMQP_URL alone."""
-    with closing(Proxy(terminals.amqp_url)) as other_host:
-        terminals.run("hello_world/send.py", "from afar", amqp_url=other_host.url)
+    with closing(Proxy(scripts.amqp_url)) as other_host:
+        scripts.run("hello_world/send.py", "from afar", amqp_url=other_host.url)
         assert other_host.connections == 1
-        receiver(terminals).expect(" [x] Received 'from afar'")
+        receiver(scripts).expect(" [x] Received 'from afar'")
         assert other_host.connections == 1
 
 
-def test_the_next_node_is_tried_when_one_is_down(terminals: Terminals) -> None:
+def test_the_next_node_is_tried_when_one_is_down(scripts: Scripts) -> None:
     """AMQP_URL may hold several URLs, with commas between: the first that answers is taken.
 
     The first of these has no address, and nobody listens at that of the second.
     """
-    with closing(Proxy(terminals.amqp_url)) as down:
+    with closing(Proxy(scripts.amqp_url)) as down:
         pass
     with (
-        closing(Proxy(terminals.amqp_url)) as another,
-        terminals.environment(RES_OPTIONS="timeout:1 attempts:1"),  # of looking up an address
+        closing(Proxy(scripts.amqp_url)) as another,
+        scripts.environment(RES_OPTIONS="timeout:1 attempts:1"),  # of looking up an address
     ):
-        urls = f"amqp://no-such-host.invalid,{down.url}, {terminals.amqp_url}, {another.url}"
-        terminals.run("hello_world/send.py", "to the third", amqp_url=urls)
-        started = terminals.start("hello_world/receive.py", amqp_url=urls)
+        urls = f"amqp://no-such-host.invalid,{down.url}, {scripts.amqp_url}, {another.url}"
+        scripts.run("hello_world/send.py", "to the third", amqp_url=urls)
+        started = scripts.start("hello_world/receive.py", amqp_url=urls)
         started.expect(" [x] Received 'to the third'")
         assert another.connections == 0
 
@@ -106,44 +106,44 @@ def test_the_next_node_is_tried_when_one_is_down(terminals: Terminals) -> None:
     ids=["empty", "chinese", "no UTF-8", "punctuation"],
 )
 def test_a_message_is_bytes(
-    terminals: Terminals, channel: BlockingChannel, message: str | bytes, shown: str
+    scripts: Scripts, channel: BlockingChannel, message: str | bytes, shown: str
 ) -> None:
     """Whatever the bytes are, they arrive; what is no text is shown escaped."""
-    terminals.run("hello_world/send.py", "--", message)
+    scripts.run("hello_world/send.py", "--", message)
     assert channel.basic_get("hello", auto_ack=True)[2] == os.fsencode(message)
-    started = receiver(terminals)
-    terminals.run("hello_world/send.py", "--", message)
+    started = receiver(scripts)
+    scripts.run("hello_world/send.py", "--", message)
     started.expect(f" [x] Received '{shown}'")
-    terminals.run("hello_world/send.py", "still here")
+    scripts.run("hello_world/send.py", "still here")
     started.expect(" [x] Received 'still here'")
 
 
-def test_a_message_may_be_a_megabyte(terminals: Terminals) -> None:
+def test_a_message_may_be_a_megabyte(scripts: Scripts) -> None:
     """A megabyte arrives whole. (An argument ends at 128 KiB on Linux, so it is several.)"""
     words = ["a" * 100_000] * 10
-    started = receiver(terminals)
-    terminals.run("hello_world/send.py", *words)
+    started = receiver(scripts)
+    scripts.run("hello_world/send.py", *words)
     started.expect(f" [x] Received '{' '.join(words)}'")
 
 
-def test_every_terminal_can_show_every_message(terminals: Terminals) -> None:
+def test_every_terminal_can_show_every_message(scripts: Scripts) -> None:
     """A terminal that knows only ASCII shows Chinese text escaped, and the receiver lives."""
-    with terminals.environment(PYTHONUTF8="0", PYTHONIOENCODING="ascii:strict"):
-        started = receiver(terminals)
-    terminals.run("hello_world/send.py", "你好")
+    with scripts.environment(PYTHONUTF8="0", PYTHONIOENCODING="ascii:strict"):
+        started = receiver(scripts)
+    scripts.run("hello_world/send.py", "你好")
     started.expect(r" [x] Received '\u4f60\u597d'")
 
 
 def test_the_routing_key_of_the_default_exchange_is_the_queue(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """Through the nameless exchange a message reaches the queue that its routing key names."""
-    terminals.run("hello_world/send.py", "by name")
+    scripts.run("hello_world/send.py", "by name")
     method, _properties, body = channel.basic_get("hello", auto_ack=True)
     assert method is not None
     assert (method.exchange, method.routing_key, body) == ("", "hello", b"by name")
 
-    started = receiver(terminals)
+    started = receiver(scripts)
     channel.queue_declare("another", durable=True)
     channel.basic_publish(exchange="", routing_key="another", body=b"not for hello")
     channel.basic_publish(exchange="", routing_key="hello", body=b"for hello")
@@ -152,17 +152,17 @@ def test_the_routing_key_of_the_default_exchange_is_the_queue(
 
 
 def test_a_receiver_comes_back_when_its_queue_was_deleted(
-    broker: Broker, terminals: Terminals, channel: BlockingChannel
+    broker: Broker, scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """The broker cancels the consumer of a deleted queue; the receiver says so, each time, and
     starts anew. The old connection is closed."""
-    started = receiver(terminals)
+    started = receiver(scripts)
     for times in (1, 2):
         channel.queue_delete("hello")
         cancelled = " [!] RabbitMQ cancelled the consumer; trying again every second"
         started.expect_error(cancelled, count=times)
         started.expect(WAITING, count=1 + times)
-    path = f"vhosts/{virtual_host_of(terminals.amqp_url)}/connections"
+    path = f"vhosts/{virtual_host_of(scripts.amqp_url)}/connections"
     eventually(lambda: len(broker.api("GET", path)) == 2, "its connection, and the test's own")
-    terminals.run("hello_world/send.py")
+    scripts.run("hello_world/send.py")
     started.expect(" [x] Received 'Hello World!'")

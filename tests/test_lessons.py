@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker import Broker, Container, compose_problem
-from tests.lessons import (
+from tools import ROOT, TIMEOUT, environment
+from tools.broker import Broker, Container, compose_problem
+from tools.lessons import (
     DOCUMENTS,
     LESSONS,
     LessonError,
@@ -20,8 +21,7 @@ from tests.lessons import (
     console_blocks,
     has_excerpt,
 )
-from tests.stage import copy_tutorial, stage
-from tests.terminal import ROOT, TIMEOUT, environment
+from tools.stage import copy_tutorial, stage
 
 GOOD = """\
 # A lesson

@@ -9,23 +9,23 @@ from typing import Any
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.broker import Broker, eventually, virtual_host_of
-from tests.terminal import Script, Terminals
+from tests.scripts import Script, Scripts
+from tools.broker import Broker, eventually, virtual_host_of
 
 WAITING = " [*] Waiting for logs. To exit press CTRL+C"
 
 
-def receiver(terminals: Terminals) -> Script:
+def receiver(scripts: Scripts) -> Script:
     """Start a receiver and wait until it waits for logs."""
-    started = terminals.start("publish_subscribe/receive_logs.py")
+    started = scripts.start("publish_subscribe/receive_logs.py")
     started.expect_error(WAITING)
     return started
 
 
-def emit(terminals: Terminals, *logs: str) -> None:
+def emit(scripts: Scripts, *logs: str) -> None:
     """Emit these logs, one after the other."""
     for log in logs:
-        emitted = terminals.run("publish_subscribe/emit_log.py", log)
+        emitted = scripts.run("publish_subscribe/emit_log.py", log)
         assert emitted.out.all() == [f" [x] Sent '{log}'"]
         assert emitted.err.all() == []
 
@@ -35,11 +35,11 @@ def queues(broker: Broker, amqp_url: str) -> list[dict[str, Any]]:
     return list(broker.api("GET", f"queues/{virtual_host_of(amqp_url)}?disable_stats=true"))
 
 
-def test_every_receiver_prints_every_log(terminals: Terminals) -> None:
+def test_every_receiver_prints_every_log(scripts: Scripts) -> None:
     """All who listen get the same logs, in the order in which they were emitted."""
-    receivers = [receiver(terminals) for _ in range(3)]
-    terminals.run("publish_subscribe/emit_log.py")
-    emit(terminals, "warning: it is late", "error: 你好")
+    receivers = [receiver(scripts) for _ in range(3)]
+    scripts.run("publish_subscribe/emit_log.py")
+    emit(scripts, "warning: it is late", "error: 你好")
     for each in receivers:
         each.expect(" [x] error: 你好")
         expected = [" [x] info: Hello World!", " [x] warning: it is late", " [x] error: 你好"]
@@ -48,10 +48,10 @@ def test_every_receiver_prints_every_log(terminals: Terminals) -> None:
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_a_receiver_has_a_queue_of_its_own(
-    broker: Broker, terminals: Terminals, amqp_url: str, end: str
+    broker: Broker, scripts: Scripts, amqp_url: str, end: str
 ) -> None:
     """The broker names it, it is exclusive, and it is gone with its receiver."""
-    first, second = receiver(terminals), receiver(terminals)
+    first, second = receiver(scripts), receiver(scripts)
     eventually(lambda: len(queues(broker, amqp_url)) == 2, "two queues")
     found = queues(broker, amqp_url)
     assert found[0]["name"] != found[1]["name"]
@@ -65,29 +65,29 @@ def test_a_receiver_has_a_queue_of_its_own(
 
 
 def test_a_log_that_nobody_listens_to_is_dropped(
-    broker: Broker, terminals: Terminals, amqp_url: str
+    broker: Broker, scripts: Scripts, amqp_url: str
 ) -> None:
     """To emit it is no error; it waits nowhere, and a later receiver does not get it."""
-    emit(terminals, "info: nobody hears this")
+    emit(scripts, "info: nobody hears this")
     assert queues(broker, amqp_url) == []
-    late = receiver(terminals)
-    emit(terminals, "info: and this is heard")
+    late = receiver(scripts)
+    emit(scripts, "info: and this is heard")
     late.expect(" [x] info: and this is heard")
     assert late.out.seen == [" [x] info: and this is heard"]
 
 
 def test_one_receiver_writes_to_disk_and_another_shows_the_screen(
-    terminals: Terminals, tmp_path: Path
+    scripts: Scripts, tmp_path: Path
 ) -> None:
     """Both have the same lines; the file holds them at once, even if its receiver is killed, and
     it holds logs only."""
     file = tmp_path / "logs_from_rabbit.log"
-    to_disk = terminals.start("publish_subscribe/receive_logs.py", to_file=file)
+    to_disk = scripts.start("publish_subscribe/receive_logs.py", to_file=file)
     to_disk.expect_error(WAITING)
-    to_screen = receiver(terminals)
+    to_screen = receiver(scripts)
     logs = [f"info: log {i}" for i in range(5)]
     expected = "".join(f" [x] {log}\n" for log in logs)
-    emit(terminals, *logs)
+    emit(scripts, *logs)
     to_screen.expect(" [x] info: log 4")
     eventually(lambda: file.read_text() == expected, "the file has all lines at once")
     to_disk.kill()
@@ -96,12 +96,12 @@ def test_one_receiver_writes_to_disk_and_another_shows_the_screen(
     assert to_disk.err.seen == [WAITING]
 
 
-def test_a_late_receiver_gets_what_is_emitted_from_then_on(terminals: Terminals) -> None:
+def test_a_late_receiver_gets_what_is_emitted_from_then_on(scripts: Scripts) -> None:
     """What was emitted before a receiver was there is not for it."""
-    early = receiver(terminals)
-    emit(terminals, "info: one")
-    late = receiver(terminals)
-    emit(terminals, "info: two")
+    early = receiver(scripts)
+    emit(scripts, "info: one")
+    late = receiver(scripts)
+    emit(scripts, "info: two")
     early.expect(" [x] info: two")
     late.expect(" [x] info: two")
     assert early.out.seen == [" [x] info: one", " [x] info: two"]
@@ -109,10 +109,10 @@ def test_a_late_receiver_gets_what_is_emitted_from_then_on(terminals: Terminals)
 
 
 def test_rabbitmqctl_shows_the_exchange_and_a_binding_for_each_receiver(
-    own_broker: Broker, terminals: Terminals, amqp_url: str
+    own_broker: Broker, scripts: Scripts, amqp_url: str
 ) -> None:
     """list_exchanges has a fanout called logs; list_bindings has each receiver's queue."""
-    first, second = receiver(terminals), receiver(terminals)
+    first, second = receiver(scripts), receiver(scripts)
     assert first.process.poll() is None
     assert second.process.poll() is None
     virtual_host = virtual_host_of(amqp_url)
@@ -124,12 +124,10 @@ def test_rabbitmqctl_shows_the_exchange_and_a_binding_for_each_receiver(
     assert len(bound) == 2
 
 
-def test_a_log_reaches_whatever_else_is_bound(
-    terminals: Terminals, channel: BlockingChannel
-) -> None:
+def test_a_log_reaches_whatever_else_is_bound(scripts: Scripts, channel: BlockingChannel) -> None:
     """An emitter knows the exchange alone: any queue may be bound to it."""
     channel.exchange_declare("logs", exchange_type="fanout", durable=True)
     channel.queue_declare("archive", durable=True)
     channel.queue_bind("archive", "logs")
-    emit(terminals, "info: kept")
+    emit(scripts, "info: kept")
     assert channel.basic_get("archive", auto_ack=True)[2] == b"info: kept"

@@ -16,17 +16,18 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import Basic, BasicProperties
 
-from tests.broker import Broker, eventually, virtual_host_of
 from tests.proxy import ACK, Proxy
-from tests.terminal import ROOT, Script, Terminals, environment
+from tests.scripts import Script, Scripts
+from tools import ROOT, environment
+from tools.broker import Broker, eventually, virtual_host_of
 
 AWAITING = " [x] Awaiting RPC requests"
 Request = tuple[Basic.Deliver, BasicProperties, bytes]
 
 
-def server(terminals: Terminals, amqp_url: str | None = None) -> Script:
+def server(scripts: Scripts, amqp_url: str | None = None) -> Script:
     """Start a server and wait until it awaits requests."""
-    started = terminals.start("rpc/rpc_server.py", amqp_url=amqp_url)
+    started = scripts.start("rpc/rpc_server.py", amqp_url=amqp_url)
     started.expect(AWAITING)
     return started
 
@@ -50,12 +51,12 @@ def take(channel: BlockingChannel, number: int) -> list[Request]:
     return requests
 
 
-def program(terminals: Terminals, *lines: str) -> Script:
+def program(scripts: Scripts, *lines: str) -> Script:
     """Start a program that uses the client as a class."""
     source = "\n".join(["from rpc_client import FibonacciRpcClient, RpcError", *lines])
-    env = environment(terminals.amqp_url, PYTHONPATH=str(ROOT / "rpc"))
+    env = environment(scripts.amqp_url, PYTHONPATH=str(ROOT / "rpc"))
     started = Script([sys.executable, "-c", source], env)
-    terminals.scripts.append(started)
+    scripts.started.append(started)
     return started
 
 
@@ -94,28 +95,26 @@ class Caller:
 
 
 @pytest.mark.parametrize(("n", "result"), [(0, 0), (1, 1), (4, 3), (30, 832040)])
-def test_a_call_returns_the_answer(terminals: Terminals, n: int, result: int) -> None:
+def test_a_call_returns_the_answer(scripts: Scripts, n: int, result: int) -> None:
     """The client asks, blocks, and prints the answer."""
-    serving = server(terminals)
-    client = terminals.run("rpc/rpc_client.py", str(n))
+    serving = server(scripts)
+    client = scripts.run("rpc/rpc_client.py", str(n))
     assert client.out.all() == [f" [x] Requesting fib({n})", f" [.] Got {result}"]
     assert client.err.all() == []
     assert printed_by(serving) == [AWAITING, f" [.] fib({n})"]
 
 
-def test_without_a_number_it_asks_for_the_thirtieth(terminals: Terminals) -> None:
+def test_without_a_number_it_asks_for_the_thirtieth(scripts: Scripts) -> None:
     """The number is 30 if none is given."""
-    server(terminals)
-    client = terminals.run("rpc/rpc_client.py")
+    server(scripts)
+    client = scripts.run("rpc/rpc_client.py")
     assert client.out.all() == [" [x] Requesting fib(30)", " [.] Got 832040"]
 
 
-def test_a_call_blocks_until_the_answer_is_here(
-    terminals: Terminals, channel: BlockingChannel
-) -> None:
+def test_a_call_blocks_until_the_answer_is_here(scripts: Scripts, channel: BlockingChannel) -> None:
     """As long as the server is silent, the client waits and prints nothing more."""
     channel.queue_declare("rpc_queue", durable=True)
-    client = terminals.start("rpc/rpc_client.py", "7")
+    client = scripts.start("rpc/rpc_client.py", "7")
     (request,) = take(channel, 1)
     with pytest.raises(subprocess.TimeoutExpired):
         client.process.wait(0.5)
@@ -125,11 +124,11 @@ def test_a_call_blocks_until_the_answer_is_here(
     assert client.out.seen[-1] == " [.] Got 13"
 
 
-def test_the_client_is_a_class_for_programs_of_ones_own(terminals: Terminals) -> None:
+def test_the_client_is_a_class_for_programs_of_ones_own(scripts: Scripts) -> None:
     """FibonacciRpcClient is imported, opened once, and called again and again."""
-    server(terminals)
+    server(scripts)
     ended = program(
-        terminals,
+        scripts,
         "with FibonacciRpcClient() as client:",
         "    print(client.call(10), client.call(11, timeout=5), client.call_many([3, 2, 1]))",
         "    try:",
@@ -150,12 +149,12 @@ def test_the_client_is_a_class_for_programs_of_ones_own(terminals: Terminals) ->
 
 
 def test_a_client_has_one_callback_queue_for_all_its_calls(
-    broker: Broker, terminals: Terminals, channel: BlockingChannel
+    broker: Broker, scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """It is exclusive, the broker names it, and it is gone when the client is."""
     channel.queue_declare("rpc_queue", durable=True)
     client = program(
-        terminals,
+        scripts,
         "with FibonacciRpcClient() as client:",
         "    print(client.call(1), client.call(2), client.call_many([3, 4]))",
     )
@@ -165,7 +164,7 @@ def test_a_client_has_one_callback_queue_for_all_its_calls(
         requests += take(channel, number)
     callback_queues = {properties.reply_to for _, properties, _ in requests}
     assert len(callback_queues) == 1
-    path = f"queues/{virtual_host_of(terminals.amqp_url)}"
+    path = f"queues/{virtual_host_of(scripts.amqp_url)}"
     (queue,) = [q for q in broker.api("GET", path) if q["name"] != "rpc_queue"]
     assert {queue["name"]} == callback_queues
     assert queue["exclusive"] is True
@@ -178,11 +177,11 @@ def test_a_client_has_one_callback_queue_for_all_its_calls(
 
 
 def test_answers_in_another_order_go_to_their_requests(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """Each request has its own correlation id; the client prints in the order it asked."""
     channel.queue_declare("rpc_queue", durable=True)
-    client = terminals.start("rpc/rpc_client.py", "7", "6", "5")
+    client = scripts.start("rpc/rpc_client.py", "7", "6", "5")
     requests = take(channel, 3)
     assert [body for _, _, body in requests] == [b"7", b"6", b"5"]
     assert len({properties.correlation_id for _, properties, _ in requests}) == 3
@@ -192,21 +191,19 @@ def test_answers_in_another_order_go_to_their_requests(
     assert client.out.seen[3:] == [" [.] Got 13", " [.] Got 8", " [.] Got 5"]
 
 
-def test_two_servers_answer_in_another_order(terminals: Terminals) -> None:
+def test_two_servers_answer_in_another_order(scripts: Scripts) -> None:
     """The server that is free answers what is quick, and each answer finds its request."""
-    servers = [server(terminals) for _ in range(2)]
-    client = terminals.run("rpc/rpc_client.py", "35", "5", "12")
+    servers = [server(scripts) for _ in range(2)]
+    client = scripts.run("rpc/rpc_client.py", "35", "5", "12")
     assert client.out.all()[3:] == [" [.] Got 9227465", " [.] Got 5", " [.] Got 144"]
     computed = sorted(printed_by(each)[1:] for each in servers)
     assert computed == [[" [.] fib(35)"], [" [.] fib(5)", " [.] fib(12)"]]
 
 
-def test_an_answer_nobody_asked_for_is_ignored(
-    terminals: Terminals, channel: BlockingChannel
-) -> None:
+def test_an_answer_nobody_asked_for_is_ignored(scripts: Scripts, channel: BlockingChannel) -> None:
     """An unknown correlation id, none at all, bytes that are no text: the client waits on."""
     channel.queue_declare("rpc_queue", durable=True)
-    client = terminals.start("rpc/rpc_client.py", "7", "8")
+    client = scripts.start("rpc/rpc_client.py", "7", "8")
     first, second = take(channel, 2)
     reply(channel, first, "666", correlation_id="unknown")
     reply(channel, first, "666", correlation_id=b"\xff")  # type: ignore[arg-type]
@@ -221,11 +218,11 @@ def test_an_answer_nobody_asked_for_is_ignored(
 
 
 def test_an_answer_that_is_no_number_is_an_error(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """An answer that is not understood is no crash of the client: one line, exit status 1."""
     channel.queue_declare("rpc_queue", durable=True)
-    client = terminals.start("rpc/rpc_client.py", "7")
+    client = scripts.start("rpc/rpc_client.py", "7")
     (request,) = take(channel, 1)
     reply(channel, request, "thirteen")
     assert client.wait() == 1
@@ -233,7 +230,7 @@ def test_an_answer_that_is_no_number_is_an_error(
 
 
 @contextmanager
-def dying_server(terminals: Terminals) -> Iterator[Script]:
+def dying_server(scripts: Scripts) -> Iterator[Script]:
     """Start a server that is killed between its first answer and the acknowledgement."""
 
     def watch(index: int, to_broker: bool) -> bool:
@@ -242,56 +239,56 @@ def dying_server(terminals: Terminals) -> Iterator[Script]:
             return False
         return True
 
-    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
-        dying = server(terminals, amqp_url=proxy.url)
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        dying = server(scripts, amqp_url=proxy.url)
         yield dying
 
 
 def test_a_server_killed_before_it_acknowledged_answers_twice(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """The request is still in the queue, so another server computes it again and answers, too."""
-    with dying_server(terminals) as dying:
+    with dying_server(scripts) as dying:
         caller = Caller(channel)
         correlation_id = caller.request(b"10")
         assert dying.wait() == -9
-        server(terminals)
+        server(scripts)
         answers = caller.answers(2)
     assert [(p.correlation_id, body) for p, body in answers] == [(correlation_id, b"55")] * 2
 
 
 def test_the_client_takes_the_first_of_two_answers(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """A request that two servers answered has one answer for the client, and so have the others."""
-    with dying_server(terminals) as dying:
-        client = terminals.start("rpc/rpc_client.py", "--timeout", "60", "20", "21", "22")
+    with dying_server(scripts) as dying:
+        client = scripts.start("rpc/rpc_client.py", "--timeout", "60", "20", "21", "22")
         assert dying.wait() == -9
         assert dying.out.seen == [AWAITING, " [.] fib(20)"]
-        other = server(terminals)
+        other = server(scripts)
         assert client.wait() == 0
     assert client.out.seen[3:] == [" [.] Got 6765", " [.] Got 10946", " [.] Got 17711"]
     assert channel.queue_declare("rpc_queue", passive=True).method.message_count == 0
     assert sorted(printed_by(other)[1:]) == [" [.] fib(20)", " [.] fib(21)", " [.] fib(22)"]
 
 
-def test_a_server_killed_while_it_computes_is_replaced(terminals: Terminals) -> None:
+def test_a_server_killed_while_it_computes_is_replaced(scripts: Scripts) -> None:
     """Another server answers, and the client notices nothing."""
-    dying = server(terminals)
-    client = terminals.start("rpc/rpc_client.py", "--timeout", "60", "35")
+    dying = server(scripts)
+    client = scripts.start("rpc/rpc_client.py", "--timeout", "60", "35")
     dying.expect(" [.] fib(35)")
     dying.kill()
-    other = server(terminals)
+    other = server(scripts)
     assert client.wait(60) == 0
     assert client.out.seen == [" [x] Requesting fib(35)", " [.] Got 9227465"]
     assert client.err.seen == []
     assert printed_by(other) == [AWAITING, " [.] fib(35)"]
 
 
-def seconds_until_timeout(terminals: Terminals) -> float:
+def seconds_until_timeout(scripts: Scripts) -> float:
     """Return after how many seconds a call that is given 1.5 of them raises its timeout."""
     ended = program(
-        terminals,
+        scripts,
         "import time",
         "try:",
         "    with FibonacciRpcClient() as client:",
@@ -305,7 +302,7 @@ def seconds_until_timeout(terminals: Terminals) -> float:
 
 
 def test_a_call_ends_in_the_time_given_also_where_the_broker_takes_nothing(
-    own_broker: Broker, terminals: Terminals, channel: BlockingChannel
+    own_broker: Broker, scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """A broker that is short of memory reads nothing from those who publish."""
     channel.queue_declare("rpc_queue", durable=True)
@@ -313,28 +310,28 @@ def test_a_call_ends_in_the_time_given_also_where_the_broker_takes_nothing(
     try:
         alarms = "rabbit_alarm:get_alarms()."
         eventually(lambda: "memory" in own_broker.rabbitmqctl("eval", alarms), "it is short of it")
-        assert 1.5 <= seconds_until_timeout(terminals) < 2.5
+        assert 1.5 <= seconds_until_timeout(scripts) < 2.5
     finally:
         own_broker.rabbitmqctl("set_vm_memory_high_watermark", "0.6")
 
 
 def test_without_a_server_a_call_ends_in_the_time_given(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """The client raises a timeout; a server that starts later does not compute the request."""
     channel.queue_declare("rpc_queue", durable=True)
-    client = terminals.run("rpc/rpc_client.py", "--timeout", "0.5", "30", "29", status=1)
+    client = scripts.run("rpc/rpc_client.py", "--timeout", "0.5", "30", "29", status=1)
     assert client.err.seen == [" [!] No answer within 0.5 s"]
-    assert 1.5 <= seconds_until_timeout(terminals) < 2.5
+    assert 1.5 <= seconds_until_timeout(scripts) < 2.5
 
-    late = server(terminals)
-    terminals.run("rpc/rpc_client.py", "5")
+    late = server(scripts)
+    scripts.run("rpc/rpc_client.py", "5")
     assert printed_by(late) == [AWAITING, " [.] fib(5)"]
 
 
-def test_where_no_server_has_ever_run_the_client_says_so_at_once(terminals: Terminals) -> None:
+def test_where_no_server_has_ever_run_the_client_says_so_at_once(scripts: Scripts) -> None:
     """There is no queue for the requests: they are returned, and nobody waits for an answer."""
-    client = terminals.run("rpc/rpc_client.py", "--timeout", "60", "30", "5", status=1)
+    client = scripts.run("rpc/rpc_client.py", "--timeout", "60", "30", "5", status=1)
     assert client.out.all() == [" [x] Requesting fib(30)", " [x] Requesting fib(5)"]
     assert client.err.all() == [" [!] fib(30): there is no queue 'rpc_queue': start a server"]
 
@@ -351,9 +348,9 @@ BAD_INPUT = {
 }
 
 
-def test_bad_input_comes_back_as_an_error(terminals: Terminals, channel: BlockingChannel) -> None:
+def test_bad_input_comes_back_as_an_error(scripts: Scripts, channel: BlockingChannel) -> None:
     """The caller gets an error, the server serves on."""
-    serving = server(terminals)
+    serving = server(scripts)
     caller = Caller(channel)
     for name, body in BAD_INPUT.items():
         correlation_id = caller.request(body)
@@ -370,21 +367,19 @@ def test_bad_input_comes_back_as_an_error(terminals: Terminals, channel: Blockin
 
 
 @pytest.mark.parametrize("n", ["-1", "36"])
-def test_the_client_shows_the_error_of_the_server(terminals: Terminals, n: str) -> None:
+def test_the_client_shows_the_error_of_the_server(scripts: Scripts, n: str) -> None:
     """One line on standard error, and exit status 1."""
-    server(terminals)
-    client = terminals.run("rpc/rpc_client.py", n, status=1)
+    server(scripts)
+    client = scripts.run("rpc/rpc_client.py", n, status=1)
     assert client.err.all() == [f" [!] fib({n}): not a whole number from 0 to 35"]
 
 
-def test_a_request_with_no_address_is_dropped(
-    terminals: Terminals, channel: BlockingChannel
-) -> None:
+def test_a_request_with_no_address_is_dropped(scripts: Scripts, channel: BlockingChannel) -> None:
     """Nobody waits for its answer: it is not computed, and the server serves on."""
-    serving = server(terminals)
+    serving = server(scripts)
     channel.basic_publish("", "rpc_queue", b"30")
     channel.basic_publish("", "rpc_queue", b"no number")
-    terminals.run("rpc/rpc_client.py", "6")
+    scripts.run("rpc/rpc_client.py", "6")
     assert channel.queue_declare("rpc_queue", passive=True).method.message_count == 0
     assert printed_by(serving) == [AWAITING, " [.] fib(6)"]
 
@@ -398,7 +393,7 @@ def seconds_on_a_core_and_in_line(servers: list[Script]) -> tuple[float, float]:
     return sum(int(run) for run, _, _ in read) / 1e9, sum(int(line) for _, line, _ in read) / 1e9
 
 
-def servers_at_work(terminals: Terminals, servers: list[Script]) -> float:
+def servers_at_work(scripts: Scripts, servers: list[Script]) -> float:
     """Return how many servers work at a time while 16 calls are in flight.
 
     It is the time that they compute, over the time on the clock, less what they stood in line for
@@ -406,7 +401,7 @@ def servers_at_work(terminals: Terminals, servers: list[Script]) -> float:
     but does not depend on what else runs on the machine, or on how fast it is just now.
     """
     begin = seconds_on_a_core_and_in_line(servers)
-    client = terminals.run("rpc/rpc_client.py", "--timeout", "100", *["31"] * 16)
+    client = scripts.run("rpc/rpc_client.py", "--timeout", "100", *["31"] * 16)
     end = seconds_on_a_core_and_in_line(servers)
     assert client.out.seen.count(" [.] Got 1346269") == 16
     elapsed = client.out.times[-1] - client.out.time_of(" [x] Requesting fib(31)")
@@ -416,13 +411,13 @@ def servers_at_work(terminals: Terminals, servers: list[Script]) -> float:
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 @pytest.mark.skipif(not Path(SCHEDSTAT.format("self")).exists(), reason="needs Linux's statistics")
-def test_servers_share_the_load(terminals: Terminals, figures: list[str]) -> None:
+def test_servers_share_the_load(scripts: Scripts, figures: list[str]) -> None:
     """Two servers answer at least 1.6 times as many expensive calls as one in the same time."""
-    servers = [server(terminals)]
+    servers = [server(scripts)]
     assert len(os.sched_getaffinity(servers[0].process.pid)) >= 2, "it may use two cores"
-    alone = servers_at_work(terminals, servers)
-    servers.append(server(terminals))
-    together = servers_at_work(terminals, servers)
+    alone = servers_at_work(scripts, servers)
+    servers.append(server(scripts))
+    together = servers_at_work(scripts, servers)
     figures.append(f"two servers: {together / alone:.2f} times the calls of one")
     assert together / alone >= 1.6, (alone, together)
     done = [printed_by(each).count(" [.] fib(31)") for each in servers]
@@ -430,12 +425,12 @@ def test_servers_share_the_load(terminals: Terminals, figures: list[str]) -> Non
 
 
 def test_a_client_says_that_its_connection_is_lost(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """A client that waits for an answer ends with one line, instead of hanging."""
     channel.queue_declare("rpc_queue", durable=True)
-    with closing(Proxy(terminals.amqp_url)) as proxy:
-        client = terminals.start("rpc/rpc_client.py", "--timeout", "60", amqp_url=proxy.url)
+    with closing(Proxy(scripts.amqp_url)) as proxy:
+        client = scripts.start("rpc/rpc_client.py", "--timeout", "60", amqp_url=proxy.url)
         take(channel, 1)
         proxy.close()
         assert client.wait() == 1

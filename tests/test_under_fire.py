@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import BasicProperties
 
-from tests.broker import Broker, eventually
-from tests.terminal import TIMEOUT, Script, Terminals, environment
+from tests.scripts import Script, Scripts
+from tools import TIMEOUT, environment
+from tools.broker import Broker, eventually
 
 PATIENCE = 30  # seconds without a single line, after which something has been lost or hangs
 
@@ -36,8 +37,8 @@ PATIENCE = 30  # seconds without a single line, after which something has been l
 class Crew:
     """Scripts of one kind. Whoever is killed is replaced; the lines of all come in one queue."""
 
-    def __init__(self, terminals: Terminals, size: int, *command: str) -> None:
-        self.terminals = terminals
+    def __init__(self, scripts: Scripts, size: int, *command: str) -> None:
+        self.scripts = scripts
         self.command = command
         self.lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self.everyone: list[Script] = []  # those killed, too
@@ -50,10 +51,10 @@ class Crew:
         command = [sys.executable, *self.command, *more]
         script = Script(
             command,
-            environment(self.terminals.amqp_url),
+            environment(self.scripts.amqp_url),
             echo=lambda line: self.lines.put((number, line)),
         )
-        self.terminals.scripts.append(script)  # which kills it at last
+        self.scripts.started.append(script)  # which kills it at last
         self.everyone.append(script)
         return script
 
@@ -84,7 +85,7 @@ class Crew:
 
 
 @pytest.mark.timeout(400)  # three brokers that are slow to start
-def test_tasks_under_fire(own_broker: Broker, terminals: Terminals, figures: list[str]) -> None:
+def test_tasks_under_fire(own_broker: Broker, scripts: Scripts, figures: list[str]) -> None:
     """Every confirmed task is done, however often workers and the broker are killed.
 
     Most tasks are published by one producer of the test's own, which sends what new_task.py sends;
@@ -113,7 +114,7 @@ def test_tasks_under_fire(own_broker: Broker, terminals: Terminals, figures: lis
                 try:
                     if channel is None:
                         channel = pika.BlockingConnection(
-                            pika.URLParameters(terminals.amqp_url)
+                            pika.URLParameters(scripts.amqp_url)
                         ).channel()
                         channel.confirm_delivery()
                     channel.basic_publish(
@@ -131,14 +132,14 @@ def test_tasks_under_fire(own_broker: Broker, terminals: Terminals, figures: lis
     def send(mine: list[str]) -> None:
         for task in mine:
             while task not in confirmed and not over.is_set():
-                sender = terminals.start("work_queues/new_task.py", task)
+                sender = scripts.start("work_queues/new_task.py", task)
                 sender.wait()
                 if f" [x] Sent '{task}'" in sender.out.seen:
                     confirmed.add(task)
                 else:
                     broker_is_up.wait()
 
-    workers = Crew(terminals, 4, "work_queues/worker.py")
+    workers = Crew(scripts, 4, "work_queues/worker.py")
     for worker in workers.members:
         worker.expect(" [*] Waiting for tasks. To exit press CTRL+C")
     in_hand: dict[int, str] = {}
@@ -219,7 +220,7 @@ with FibonacciRpcClient() as client:
 """
 
 
-def test_rpc_under_fire(terminals: Terminals, figures: list[str]) -> None:
+def test_rpc_under_fire(scripts: Scripts, figures: list[str]) -> None:
     """Every call returns the right number or raises a timeout in time, while servers are killed.
 
     A call that is given much time is always answered: what a killed server was about goes to
@@ -231,10 +232,10 @@ def test_rpc_under_fire(terminals: Terminals, figures: list[str]) -> None:
         fibonacci.append(fibonacci[-2] + fibonacci[-1])
     kill_at = set(rng.sample(range(160), 20))  # 180 calls or more are computed: see RPC_CLIENT
 
-    servers = Crew(terminals, 3, "rpc/rpc_server.py")
+    servers = Crew(scripts, 3, "rpc/rpc_server.py")
     for server in servers.members:
         server.expect(" [x] Awaiting RPC requests")
-    clients = Crew(terminals, 0, "-c", RPC_CLIENT)
+    clients = Crew(scripts, 0, "-c", RPC_CLIENT)
     clients.lines = servers.lines
     running = [clients.start("1", "1"), clients.start("2", "5")]
 
@@ -345,18 +346,18 @@ messages = st.tuples(bodies, properties)
 class Target:
     """All four consumers, each a process, and a channel that writes to them."""
 
-    def __init__(self, terminals: Terminals) -> None:
-        self.amqp_url = terminals.amqp_url
-        self.receiver = terminals.start("hello_world/receive.py")
-        self.worker = terminals.start("work_queues/worker.py")
-        self.logger = terminals.start("publish_subscribe/receive_logs.py")
-        self.server = terminals.start("rpc/rpc_server.py")
+    def __init__(self, scripts: Scripts) -> None:
+        self.amqp_url = scripts.amqp_url
+        self.receiver = scripts.start("hello_world/receive.py")
+        self.worker = scripts.start("work_queues/worker.py")
+        self.logger = scripts.start("publish_subscribe/receive_logs.py")
+        self.server = scripts.start("rpc/rpc_server.py")
         self.consumers = [self.receiver, self.worker, self.logger, self.server]
         self.receiver.expect(" [*] Waiting for messages. To exit press CTRL+C")
         self.worker.expect(" [*] Waiting for tasks. To exit press CTRL+C")
         self.logger.expect_error(" [*] Waiting for logs. To exit press CTRL+C")
         self.server.expect(" [x] Awaiting RPC requests")
-        self.channel = pika.BlockingConnection(pika.URLParameters(terminals.amqp_url)).channel()
+        self.channel = pika.BlockingConnection(pika.URLParameters(scripts.amqp_url)).channel()
         self.callback_queue = self.channel.queue_declare("", exclusive=True).method.queue
 
     def send(self, body: bytes, properties: BasicProperties) -> None:
@@ -408,7 +409,7 @@ class Target:
         return [line for c in self.consumers for line in c.err.seen if line != greeting]
 
 
-def test_hostile_input(terminals: Terminals, figures: list[str]) -> None:
+def test_hostile_input(scripts: Scripts, figures: list[str]) -> None:
     """No message brings a consumer down, makes it reconnect, or keeps it from serving the next."""
     sent = 0
     batches = 0
@@ -426,7 +427,7 @@ def test_hostile_input(terminals: Terminals, figures: list[str]) -> None:
     def attack(batch: list[tuple[bytes, BasicProperties]]) -> None:
         nonlocal sent, batches, target
         # One target for all. Only a failing batch needs a second: hypothesis tries it once more.
-        target = target or Target(terminals)
+        target = target or Target(scripts)
         try:
             for body, its_properties in batch:
                 target.send(body, its_properties)

@@ -15,9 +15,10 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker
 from pika.spec import Basic
 
-from tests.broker import Broker, eventually, virtual_host_of
 from tests.proxy import ACK, PUBLISH, Proxy
-from tests.terminal import ROOT, Script, Terminals
+from tests.scripts import Script, Scripts
+from tools import ROOT
+from tools.broker import Broker, eventually, virtual_host_of
 
 WAITING = " [*] Waiting for tasks. To exit press CTRL+C"
 DONE = " [x] Done"
@@ -29,13 +30,13 @@ def received(task: str, redelivered: bool = False) -> str:
 
 
 def worker(
-    terminals: Terminals,
+    scripts: Scripts,
     *options: str,
     amqp_url: str | None = None,
     script: str | Path = "work_queues/worker.py",
 ) -> Script:
     """Start a worker and wait until it waits for tasks."""
-    started = terminals.start(script, *options, amqp_url=amqp_url)
+    started = scripts.start(script, *options, amqp_url=amqp_url)
     started.expect(WAITING)
     return started
 
@@ -76,10 +77,10 @@ def counts(broker: Broker, amqp_url: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("task", ["no dot", "one.", "first. second."])
 def test_each_dot_is_a_second_of_work(
-    terminals: Terminals, channel: BlockingChannel, task: str
+    scripts: Scripts, channel: BlockingChannel, task: str
 ) -> None:
     """A task takes as many seconds as it has dots."""
-    doing = worker(terminals)
+    doing = worker(scripts)
     begin = time.monotonic()
     put(channel, task)
     doing.expect(DONE)
@@ -89,10 +90,10 @@ def test_each_dot_is_a_second_of_work(
 
 
 def test_without_a_limit_tasks_are_dealt_out_in_turn(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """Three workers without a prefetch limit get equal numbers, one after the other."""
-    workers = [worker(terminals, "--prefetch", "0") for _ in range(3)]
+    workers = [worker(scripts, "--prefetch", "0") for _ in range(3)]
     put(channel, *(f"task {i}" for i in range(9)))
     for each in workers:
         each.expect(DONE, count=3)
@@ -104,10 +105,10 @@ def test_without_a_limit_tasks_are_dealt_out_in_turn(
 
 
 def test_automatic_acknowledgement_loses_what_a_killed_worker_had(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """With --auto-ack the task in the hands of a killed worker is lost, and those dealt to it."""
-    first, second = (worker(terminals, "--auto-ack") for _ in range(2))
+    first, second = (worker(scripts, "--auto-ack") for _ in range(2))
     put(channel, *(f"task {i}" + "......" * (i % 2 == 0) for i in range(6)))
     first.expect(received("task 0......"))
     assert ready(channel) == 0  # all six were sent, and forgotten
@@ -130,7 +131,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_worker_killed_at_any_moment_loses_nothing(
-    terminals: Terminals, channel: BlockingChannel, moment: str
+    scripts: Scripts, channel: BlockingChannel, moment: str
 ) -> None:
     """A task not acknowledged goes to another worker within a second, marked as redelivered."""
     killed: list[float] = []
@@ -142,9 +143,9 @@ def test_a_worker_killed_at_any_moment_loses_nothing(
         killed.append(time.monotonic())
         return False
 
-    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
-        first = worker(terminals, amqp_url=proxy.url)
-        second = worker(terminals)
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        first = worker(scripts, amqp_url=proxy.url)
+        second = worker(scripts)
         put(channel, "the task", "another")
         second.expect(received("the task", redelivered=True))
         second.expect(DONE, count=2)
@@ -159,20 +160,20 @@ def test_a_worker_killed_at_any_moment_loses_nothing(
 
 
 def test_a_worker_killed_in_its_work_loses_nothing(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """All that was dealt to a killed worker goes to another, also what it had not begun."""
-    first = worker(terminals, "--prefetch", "0")
+    first = worker(scripts, "--prefetch", "0")
     put(channel, "in hand....", "dealt out", "dealt out, too")
     first.expect(received("in hand...."))
-    second = worker(terminals)
+    second = worker(scripts)
     assert ready(channel) == 0
     killed = time.monotonic()
     first.kill()
     second.expect(received("in hand....", redelivered=True))
     assert second.out.times[-1] - killed < 1
     second.kill()  # in the middle of it, once more
-    third = worker(terminals)
+    third = worker(scripts)
     third.expect(DONE, count=3)
     redelivered = {
         received(t, redelivered=True) for t in ("in hand....", "dealt out", "dealt out, too")
@@ -180,22 +181,20 @@ def test_a_worker_killed_in_its_work_loses_nothing(
     assert redelivered < set(third.out.seen)
 
 
-def test_an_acknowledged_task_is_not_done_again(
-    terminals: Terminals, channel: BlockingChannel
-) -> None:
+def test_an_acknowledged_task_is_not_done_again(scripts: Scripts, channel: BlockingChannel) -> None:
     """What a killed worker has acknowledged stays done: only the task in its hands comes back."""
-    first = worker(terminals)
+    first = worker(scripts)
     put(channel, "done", "in hand.")
     first.expect(received("in hand."))  # with a prefetch of one, "done" is acknowledged by now
     first.kill()
-    second = worker(terminals)
+    second = worker(scripts)
     second.expect(DONE)
     assert second.out.seen == [WAITING, received("in hand.", redelivered=True), DONE]
 
 
 @pytest.mark.parametrize("options", [[], ["--auto-ack"]], ids=["acknowledged", "auto-ack"])
 def test_what_was_dealt_out_before_the_connection_was_lost(
-    terminals: Terminals, channel: BlockingChannel, options: list[str]
+    scripts: Scripts, channel: BlockingChannel, options: list[str]
 ) -> None:
     """What is in its queue again is left to others; what RabbitMQ has forgotten is still done."""
     tasks = ["in hand....", "dealt out", "dealt out, too"]
@@ -208,9 +207,9 @@ def test_what_was_dealt_out_before_the_connection_was_lost(
         delivered.extend([index] * (index == Basic.Deliver.INDEX))
         return True
 
-    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
         url = f"{proxy.url}?heartbeat=1"
-        losing = worker(terminals, "--prefetch", "0", *options, amqp_url=url)
+        losing = worker(scripts, "--prefetch", "0", *options, amqp_url=url)
         put(channel, *tasks)
         losing.expect(received("in hand...."))
         # The thread that sends these reads what was there before them.
@@ -222,16 +221,16 @@ def test_what_was_dealt_out_before_the_connection_was_lost(
 
 
 def test_a_task_may_take_longer_than_the_heartbeat(
-    broker: Broker, terminals: Terminals, channel: BlockingChannel
+    broker: Broker, scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """A task of six heartbeats runs once, is acknowledged once, on one connection."""
-    virtual_host = virtual_host_of(terminals.amqp_url)
+    virtual_host = virtual_host_of(scripts.amqp_url)
 
     def connections() -> set[str]:
         found = broker.api("GET", f"vhosts/{virtual_host}/connections")
         return {each["name"] for each in found if each.get("timeout") == 1}
 
-    doing = worker(terminals, amqp_url=f"{terminals.amqp_url}?heartbeat=1")
+    doing = worker(scripts, amqp_url=f"{scripts.amqp_url}?heartbeat=1")
     put(channel, "a long task......")
     doing.expect(received("a long task......"))
     before = eventually(connections, "the broker shows the worker's connection")
@@ -250,40 +249,40 @@ def test_a_task_may_take_longer_than_the_heartbeat(
 
 
 def test_a_forgotten_acknowledgement_shows(
-    own_broker: Broker, terminals: Terminals, channel: BlockingChannel
+    own_broker: Broker, scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """messages_unacknowledged grows with --forget-ack; the tasks come back when it quits."""
-    forgetful = worker(terminals, "--prefetch", "0", "--forget-ack")
+    forgetful = worker(scripts, "--prefetch", "0", "--forget-ack")
     for i in range(1, 4):
         put(channel, f"task {i}")
         forgetful.expect(DONE, count=i)
-        assert counts(own_broker, terminals.amqp_url) == (0, i)
+        assert counts(own_broker, scripts.amqp_url) == (0, i)
     forgetful.stop()
-    eventually(lambda: counts(own_broker, terminals.amqp_url) == (3, 0), "they are ready again")
-    other = worker(terminals)
+    eventually(lambda: counts(own_broker, scripts.amqp_url) == (3, 0), "they are ready again")
+    other = worker(scripts)
     other.expect(DONE, count=3)
     assert other.out.seen[1::2] == [received(f"task {i}", redelivered=True) for i in range(1, 4)]
 
 
 def test_rabbitmqctl_shows_ready_and_unacknowledged_tasks(
-    own_broker: Broker, terminals: Terminals, channel: BlockingChannel
+    own_broker: Broker, scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """While a task runs it is unacknowledged, and those behind it are ready."""
     long = "a" + "." * 60
     put(channel, long, "b", "c")
-    doing = worker(terminals)
+    doing = worker(scripts)
     doing.expect(received(long))
-    assert counts(own_broker, terminals.amqp_url) == (2, 1)
+    assert counts(own_broker, scripts.amqp_url) == (2, 1)
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_a_broker_restart_keeps_what_is_durable_and_persistent(
-    own_broker: Broker, terminals: Terminals, amqp_url: str, end: str
+    own_broker: Broker, scripts: Scripts, amqp_url: str, end: str
 ) -> None:
     """A persistent task in a durable queue is kept; a transient one is lost, and so is a queue
     that is not durable, with all in it."""
-    terminals.run("work_queues/new_task.py", "persistent")
-    terminals.run("work_queues/new_task.py", "--transient", "transient")
+    scripts.run("work_queues/new_task.py", "persistent")
+    scripts.run("work_queues/new_task.py", "--transient", "transient")
     channel = pika.BlockingConnection(pika.URLParameters(amqp_url)).channel()
     assert ready(channel) == 2
     try:
@@ -303,7 +302,7 @@ def test_a_broker_restart_keeps_what_is_durable_and_persistent(
 
     channel = pika.BlockingConnection(pika.URLParameters(amqp_url)).channel()
     assert ready(channel) == 1
-    doing = worker(terminals)
+    doing = worker(scripts)
     doing.expect(DONE)
     assert tasks_of(doing) == ["persistent"]
     with pytest.raises(ChannelClosedByBroker, match="NOT_FOUND"):
@@ -312,11 +311,11 @@ def test_a_broker_restart_keeps_what_is_durable_and_persistent(
 
 @pytest.mark.parametrize("script", ["new_task.py", "worker.py"])
 def test_a_queue_keeps_its_settings(
-    terminals: Terminals, channel: BlockingChannel, script: str
+    scripts: Scripts, channel: BlockingChannel, script: str
 ) -> None:
     """A queue that exists is refused with other settings, and the script says so in one line."""
     channel.queue_declare("task_queue", durable=True, arguments={"x-max-length": 5})
-    refused = terminals.run(f"work_queues/{script}", status=1)
+    refused = scripts.run(f"work_queues/{script}", status=1)
     assert refused.out.all() == []
     (line,) = refused.err.all()
     assert line.startswith(" [!] (406, \"PRECONDITION_FAILED - inequivalent arg 'x-max-length'")
@@ -327,11 +326,11 @@ HEAVY_AND_LIGHT = [f"heavy {i}." if i % 2 else f"light {i}" for i in range(1, 7)
 
 
 def share(
-    terminals: Terminals, channel: BlockingChannel, prefetch: str
+    scripts: Scripts, channel: BlockingChannel, prefetch: str
 ) -> tuple[list[list[str]], float]:
     """Let two workers do heavy and light tasks in turn; return what each got, and the seconds."""
     put(channel)
-    workers = [worker(terminals, "--prefetch", prefetch) for _ in range(2)]
+    workers = [worker(scripts, "--prefetch", prefetch) for _ in range(2)]
     put(channel, *HEAVY_AND_LIGHT)
     eventually(
         lambda: sum(each.out.seen.count(DONE) for each in workers) == len(HEAVY_AND_LIGHT),
@@ -346,23 +345,23 @@ def share(
 
 
 def test_without_a_limit_one_worker_gets_all_heavy_tasks(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """Tasks are dealt out without a look at their weight: every second one is a heavy one."""
-    tasks, _seconds = share(terminals, channel, prefetch="0")
+    tasks, _seconds = share(scripts, channel, prefetch="0")
     assert tasks == [HEAVY_AND_LIGHT[::2], HEAVY_AND_LIGHT[1::2]]
 
 
-def test_a_prefetch_of_one_is_fair(terminals: Terminals, channel: BlockingChannel) -> None:
+def test_a_prefetch_of_one_is_fair(scripts: Scripts, channel: BlockingChannel) -> None:
     """The next task goes to the worker that is free, and the same work is done sooner."""
-    unfair, slow = share(terminals, channel, prefetch="0")
-    fair, quick = share(terminals, channel, prefetch="1")
+    unfair, slow = share(scripts, channel, prefetch="0")
+    fair, quick = share(scripts, channel, prefetch="1")
     assert [sum("heavy" in task for task in tasks) for tasks in unfair] == [3, 0]
     assert sorted(sum("heavy" in task for task in tasks) for tasks in fair) == [1, 2]
     assert quick < slow - 0.5, "two seconds are less than three"
 
 
-def test_a_task_is_sent_once_the_broker_confirms_it(terminals: Terminals) -> None:
+def test_a_task_is_sent_once_the_broker_confirms_it(scripts: Scripts) -> None:
     """new_task.py says "Sent" when the broker's confirm is here, and not before."""
     confirmed = threading.Event()
     allowed = threading.Event()
@@ -373,8 +372,8 @@ def test_a_task_is_sent_once_the_broker_confirms_it(terminals: Terminals) -> Non
             allowed.wait(10)
         return True
 
-    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
-        producer = terminals.start("work_queues/new_task.py", amqp_url=proxy.url)
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        producer = scripts.start("work_queues/new_task.py", amqp_url=proxy.url)
         assert confirmed.wait(10), "the broker confirms the task"
         with pytest.raises(subprocess.TimeoutExpired):
             producer.process.wait(0.5)
@@ -384,7 +383,7 @@ def test_a_task_is_sent_once_the_broker_confirms_it(terminals: Terminals) -> Non
     assert producer.out.seen == [" [x] Sent 'Hello...'"]
 
 
-def test_a_task_without_a_confirm_is_no_task_sent(terminals: Terminals) -> None:
+def test_a_task_without_a_confirm_is_no_task_sent(scripts: Scripts) -> None:
     """A connection that is lost before the confirm came makes an error."""
 
     def watch(index: int, _to_broker: bool) -> bool:
@@ -392,14 +391,14 @@ def test_a_task_without_a_confirm_is_no_task_sent(terminals: Terminals) -> None:
             proxy.close()
         return index != ACK
 
-    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
-        producer = terminals.run("work_queues/new_task.py", amqp_url=proxy.url, status=1)
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        producer = scripts.run("work_queues/new_task.py", amqp_url=proxy.url, status=1)
     assert producer.out.all() == []
     assert len(producer.err.all()) == 1
 
 
 def test_a_task_that_reaches_no_queue_is_an_error(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """A queue that is deleted before the task arrives: the task is returned, and that is said."""
 
@@ -408,30 +407,30 @@ def test_a_task_that_reaches_no_queue_is_an_error(
             channel.queue_delete("task_queue")
         return True
 
-    with closing(Proxy(terminals.amqp_url, watch)) as proxy:
-        producer = terminals.run("work_queues/new_task.py", amqp_url=proxy.url, status=1)
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        producer = scripts.run("work_queues/new_task.py", amqp_url=proxy.url, status=1)
     assert producer.out.all() == []
     assert producer.err.all() == [" [!] Not sent: UnroutableError"]
 
 
-def test_a_task_that_the_broker_rejects_is_an_error(broker: Broker, terminals: Terminals) -> None:
+def test_a_task_that_the_broker_rejects_is_an_error(broker: Broker, scripts: Scripts) -> None:
     """A full queue that rejects: the broker answers with a nack, and that is said."""
-    virtual_host = virtual_host_of(terminals.amqp_url)
+    virtual_host = virtual_host_of(scripts.amqp_url)
     full = {"max-length": 1, "overflow": "reject-publish"}
     policy = {"pattern": ".*", "definition": full, "apply-to": "queues"}
     broker.api("PUT", f"policies/{virtual_host}/full", policy)
-    terminals.run("work_queues/new_task.py", "fits")
-    producer = terminals.run("work_queues/new_task.py", "does not", status=1)
+    scripts.run("work_queues/new_task.py", "fits")
+    producer = scripts.run("work_queues/new_task.py", "does not", status=1)
     assert producer.out.all() == []
     assert producer.err.all() == [" [!] Not sent: NackError"]
 
 
 def test_a_task_that_is_no_text_is_done_like_any_other(
-    terminals: Terminals, channel: BlockingChannel
+    scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """Bytes that are no UTF-8 bring no worker down; their dots are seconds as well."""
-    doing = worker(terminals)
-    terminals.run("work_queues/new_task.py", b"\xff\xfe.")
+    doing = worker(scripts)
+    scripts.run("work_queues/new_task.py", b"\xff\xfe.")
     doing.expect(DONE)
     assert doing.out.seen == [WAITING, received(r"\xff\xfe."), DONE]
     put(channel, "next")
@@ -439,14 +438,14 @@ def test_a_task_that_is_no_text_is_done_like_any_other(
 
 
 def test_a_task_that_fails_goes_back_to_its_queue(
-    terminals: Terminals, channel: BlockingChannel, tmp_path: Path
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path
 ) -> None:
     """Work of one's own may raise: the worker ends then, instead of keeping the task for ever."""
     source = (ROOT / "work_queues/worker.py").read_text()
     (tmp_path / "worker.py").write_text(source.replace("time.sleep(task", "time.sleep(-1 - task"))
-    failing = worker(terminals, script=tmp_path / "worker.py")
+    failing = worker(scripts, script=tmp_path / "worker.py")
     put(channel, "the task")
     assert failing.wait() == 1
     assert failing.err.seen[-1].startswith("ValueError")
-    doing = worker(terminals)
+    doing = worker(scripts)
     doing.expect(received("the task", redelivered=True))

@@ -16,8 +16,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.broker import Broker, Compose
-from tests.terminal import ROOT, environment
+from tools import ROOT, environment
+from tools.broker import Broker, Compose
 
 STAND_IN = """\
 #!/bin/sh

@@ -15,15 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-ROOT = Path(__file__).parents[1]
-TIMEOUT = 15  # seconds; what is waited for comes in far less, even on a busy machine
-
-
-def environment(amqp_url: str | None = None, **more: str) -> dict[str, str]:
-    """Return the environment of a reader's terminal. Nothing in it flushes a script's output."""
-    plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED", "AMQP_URL")}
-    plain |= {"PYTHONUTF8": "1"} | more
-    return plain | ({"AMQP_URL": amqp_url} if amqp_url else {})
+from tools import ROOT, TIMEOUT, environment
 
 
 class Lines:
@@ -141,12 +133,12 @@ class Script:
         self.wait()
 
 
-class Terminals:
+class Scripts:
     """Starts scripts against one virtual host, and ends what still runs at last."""
 
     def __init__(self, amqp_url: str) -> None:
         self.amqp_url = amqp_url
-        self.scripts: list[Script] = []
+        self.started: list[Script] = []
         self._settings: dict[str, str] = {}
 
     @contextmanager
@@ -169,7 +161,7 @@ class Terminals:
         command = [sys.executable, ROOT / script, *arguments]
         env = environment(amqp_url or self.amqp_url, **self._settings)
         started = Script(command, env, to_file=to_file)
-        self.scripts.append(started)
+        self.started.append(started)
         return started
 
     def run(
@@ -182,5 +174,5 @@ class Terminals:
 
     def close(self) -> None:
         """Kill what still runs."""
-        for script in self.scripts:
+        for script in self.started:
             script.kill()

@@ -34,7 +34,7 @@ from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer
 from testcontainers.core.docker_client import DockerClient
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 IMAGE = os.environ.get("RABBITMQ_IMAGE") or "rabbitmq:4.3-management"
 START_TIMEOUT = 60  # seconds, for a node to boot on a slow machine
 
@@ -544,7 +544,7 @@ def speaks_amqp(port: int) -> bool:
 
 
 def serve(choice: str = "auto") -> None:
-    """Keep a broker on localhost:5672 for a reader's terminals, until Ctrl+C or SIGTERM.
+    """Keep a broker on localhost:5672 for a reader's scripts, until Ctrl+C or SIGTERM.
 
     RABBITMQ_PORT and RABBITMQ_MANAGEMENT_PORT change its ports. Raises NoBroker.
     """
@@ -574,7 +574,7 @@ def serve(choice: str = "auto") -> None:
             rabbitmqctl = node.rabbitmqctl_command
         print(f"RabbitMQ is on localhost:{port}, until Ctrl+C.")
         print(f"Its management page is http://localhost:{management_port} (guest, guest).")
-        print("For your other terminals:")
+        print("For your other scripts:")
         if sys.prefix != sys.base_prefix:
             print(f"    . {os.path.relpath(sys.prefix)}/bin/activate")
         if port != 5672:

@@ -1,6 +1,6 @@
 """Plays the section "Run it" of each lesson, and shows every line as it is printed.
 
-    python -m tests.demo [--broker auto|container|local|URL]
+    python -m tools.demo [--broker auto|container|local|URL]
 
 Exit status 1 says that a line that must come did not.
 """
@@ -16,10 +16,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.broker import Broker, NoBroker, start
-from tests.lessons import LESSONS, LessonError, Player, console_blocks
-from tests.stage import copy_tutorial, terminal_path
-from tests.terminal import environment
+from tools import environment
+from tools.broker import Broker, NoBroker, start
+from tools.lessons import LESSONS, LessonError, Player, console_blocks
+from tools.stage import copy_tutorial, terminal_path
 
 SECTION = "Run it"
 
@@ -50,7 +50,7 @@ def play(documents: Sequence[Path], broker: Broker, say: Callable[[str], None] =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--broker", default="auto", metavar="auto|container|local|URL")
     options = parser.parse_args()
 

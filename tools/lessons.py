@@ -33,7 +33,7 @@ from pathlib import Path
 from sybil import Document
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
-from tests.terminal import ROOT, TIMEOUT
+from tools import ROOT, TIMEOUT
 
 FOLDERS = ("hello_world", "work_queues", "publish_subscribe", "rpc")
 LESSONS = [ROOT / folder / "README.md" for folder in FOLDERS]

@@ -1,6 +1,6 @@
 """Makes the pictures of the README and the lessons, in this folder, from what really happens.
 
-    python -m tests.pictures [--broker auto|container|local]
+    python -m tools.pictures [--broker auto|container|local]
 
 `demo.svg` is a recording of the demo, at its own speed. `management.png` is RabbitMQ's management
 page while two workers work, in Chromium (Debian's package `chromium`).
@@ -21,10 +21,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tests import demo
-from tests.broker import Broker, NoBroker, eventually, start
-from tests.lessons import LESSONS
-from tests.terminal import Terminals
+from tests.scripts import Scripts
+from tools import demo
+from tools.broker import Broker, NoBroker, eventually, start
+from tools.lessons import LESSONS
 
 FOLDER = Path(__file__).parent
 
@@ -165,14 +165,14 @@ class Browser:
 
 def picture_management(broker: Broker) -> bytes:
     """Return a picture of the page with the queues while two workers do the first of six tasks."""
-    terminals = Terminals(broker.amqp_url)
+    scripts = Scripts(broker.amqp_url)
     browser = Browser(width=1000, height=415)
     try:
         for _ in range(2):
-            worker = terminals.start("work_queues/worker.py")
+            worker = scripts.start("work_queues/worker.py")
             worker.expect(" [*] Waiting for tasks. To exit press CTRL+C")
         for _ in range(6):
-            terminals.run("work_queues/new_task.py", "Long" + "." * 60)
+            scripts.run("work_queues/new_task.py", "Long" + "." * 60)
 
         def counted() -> bool:
             queue = broker.api("GET", "queues/%2F/task_queue")
@@ -191,11 +191,11 @@ def picture_management(broker: Broker) -> bytes:
         return browser.screenshot()
     finally:
         browser.close()
-        terminals.close()
+        scripts.close()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.pictures", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.pictures", description=__doc__)
     parser.add_argument("--broker", default="auto", metavar="auto|container|local")
     options = parser.parse_args()
 
