@@ -1,4 +1,4 @@
-"""Print what arrives in the queue 'hello'."""
+"""Print each message that arrives in the queue 'hello'."""
 
 import argparse
 import os
@@ -7,58 +7,74 @@ import sys
 import time
 
 import pika
-from pika.adapters.blocking_connection import BlockingChannel
-from pika.exceptions import AMQPConnectionError, AMQPError
-from pika.spec import Basic, BasicProperties
+from pika.exceptions import (
+    AMQPConnectionError,
+    AMQPError,
+    ChannelClosedByBroker,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
 
-AMQP_URL = "".join(os.getenv("AMQP_URL", "").split()) or "amqp://guest:guest@localhost:5672/%2F"
-
-
-def connect() -> pika.BlockingConnection:
-    """Connect to the node at AMQP_URL; of several, to the first that answers."""
-    try:
-        nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
-    except (ValueError, TypeError, LookupError, SyntaxError):  # not shown: it has a password
-        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for node in nodes:  # pika does not go on to the next one if a name has no address
-        try:
-            return pika.BlockingConnection(node)
-        except Exception as error:  # pika has a dozen for this, some of them the socket's
-            why = str(error) or error.args[0].exception  # of a socket it is one level deeper
-    raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}")
+parser = argparse.ArgumentParser(description=__doc__)
 
 
-def on_message(_c: BlockingChannel, _m: Basic.Deliver, _p: BasicProperties, body: bytes) -> None:
-    print(f" [x] Received '{body.decode(errors='backslashreplace')}'")
+def main(channel):
+    # The same declaration as in send.py: either of the two scripts may run first.
+    channel.queue_declare(queue="hello", durable=True)
 
-
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-
-    connection = connect()
-    channel = connection.channel()
-    channel.queue_declare("hello", durable=True)
-    channel.basic_consume("hello", on_message, auto_ack=True)
+    # Ask for the messages of this queue. pika will call on_message for each of them.
+    # With auto_ack, RabbitMQ forgets a message as soon as it has sent it.
+    channel.basic_consume(queue="hello", on_message_callback=on_message, auto_ack=True)
     print(" [*] Waiting for messages. To exit press CTRL+C")
-    channel.start_consuming()
-    connection.close()
-    raise AMQPConnectionError("RabbitMQ cancelled the consumer")
+
+
+def on_message(channel, method, properties, body):
+    # The body is bytes. If they are not UTF-8 text, show them as \xe9 and the like.
+    text = body.decode(errors="backslashreplace")
+    print(f" [x] Received '{text}'")
+
+
+# --- From here on, all consumers are the same. The end of lesson 1 (hello_world) explains it. ---
+
+AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect():
+    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
+    try:
+        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+    except Exception:  # its text is not shown: it may contain the password
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    for broker in brokers:  # one by one: pika would stop at a host name that has no address
+        try:
+            return pika.BlockingConnection(broker)
+        except (ProbableAuthenticationError, ProbableAccessDeniedError):
+            raise  # wrong password, wrong virtual host
+        except Exception as error:  # one of pika's, of the socket's or of TLS
+            reason = repr(error)
+    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))
-    said = ""
+    options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
+        signal.signal(number, lambda number, frame: os._exit(0))
+    final = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
+    reported = ""
     while True:
         try:
-            main()
-        except AMQPConnectionError as error:
-            if "ACCESS_REFUSED" in str(error) or "NOT_ALLOWED" in str(error):
-                sys.exit(f" [!] {error}")  # a wrong password or virtual host stays wrong
-            if said != str(error):
+            sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
+            with connect() as connection:
+                channel = connection.channel()
+                main(channel)
+                final = OSError  # RabbitMQ has accepted all of it once: other trouble may pass
+                channel.start_consuming()
+                raise AMQPError("RabbitMQ cancelled the consumer")
+        except final as error:  # OSError: the output is closed or full
+            print(f" [!] {error}", file=sys.stderr)
+            os._exit(1)  # sys.exit would try again to write what could not be written
+        except AMQPError as error:
+            if str(error) != reported:
                 print(f" [!] {error}; trying again every second", file=sys.stderr)
-            said = str(error) if "Cannot connect" in str(error) else ""  # once, not every second
-        except (AMQPError, OSError) as error:
-            sys.exit(f" [!] {error}")
+            reported = str(error)
         time.sleep(1)

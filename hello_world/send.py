@@ -6,44 +6,62 @@ import signal
 import sys
 
 import pika
-from pika.exceptions import AMQPConnectionError, AMQPError
+from pika.exceptions import (
+    AMQPConnectionError,
+    AMQPError,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
 
-AMQP_URL = "".join(os.getenv("AMQP_URL", "").split()) or "amqp://guest:guest@localhost:5672/%2F"
-
-
-def connect() -> pika.BlockingConnection:
-    """Connect to the node at AMQP_URL; of several, to the first that answers."""
-    try:
-        nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
-    except (ValueError, TypeError, LookupError, SyntaxError):  # not shown: it has a password
-        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for node in nodes:  # pika does not go on to the next one if a name has no address
-        try:
-            return pika.BlockingConnection(node)
-        except Exception as error:  # pika has a dozen for this, some of them the socket's
-            why = str(error) or error.args[0].exception  # of a socket it is one level deeper
-    raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}")
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("message", nargs="*", default=["Hello World!"], metavar="MESSAGE")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("message", nargs="*", default=["Hello World!"], metavar="MESSAGE")
+def main():
     message = " ".join(parser.parse_args().message)
+    with connect() as connection:
+        channel = connection.channel()
 
-    connection = connect()
-    channel = connection.channel()
-    channel.queue_declare("hello", durable=True)
-    channel.basic_publish(exchange="", routing_key="hello", body=os.fsencode(message))
-    channel.close()  # the broker agrees once it has the message, or says why it refuses it
-    connection.close()
+        # Make sure that the queue is there. If it exists already, this changes nothing.
+        # A durable queue is still there after RabbitMQ has been restarted.
+        channel.queue_declare(queue="hello", durable=True)
+
+        # A message is bytes. The exchange with the empty name puts it into the queue that
+        # the routing key names.
+        channel.basic_publish(exchange="", routing_key="hello", body=os.fsencode(message))
+
+        # Wait until RabbitMQ has read all of this. If it refuses something, this raises an error.
+        channel.close()
     print(f" [x] Sent '{message}'")
 
 
-if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+# --- From here on, all producers are the same. The end of lesson 1 (hello_world) explains it. ---
+
+AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect():
+    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
     try:
+        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+    except Exception:  # its text is not shown: it may contain the password
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    for broker in brokers:  # one by one: pika would stop at a host name that has no address
+        try:
+            return pika.BlockingConnection(broker)
+        except (ProbableAuthenticationError, ProbableAccessDeniedError):
+            raise  # wrong password, wrong virtual host
+        except Exception as error:  # one of pika's, of the socket's or of TLS
+            reason = repr(error)
+    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    try:
+        sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
-    except (AMQPError, OSError) as error:
-        sys.exit(f" [!] {error}")
+    except (AMQPError, OSError) as error:  # OSError: the output is closed or full
+        print(f" [!] {error}", file=sys.stderr)
+        os._exit(1)  # sys.exit would try again to write what could not be written

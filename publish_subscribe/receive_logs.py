@@ -1,4 +1,4 @@
-"""Print every log that is emitted from now on."""
+"""Print each log line that is sent from now on."""
 
 import argparse
 import os
@@ -7,61 +7,78 @@ import sys
 import time
 
 import pika
-from pika.adapters.blocking_connection import BlockingChannel
-from pika.exceptions import AMQPConnectionError, AMQPError
-from pika.spec import Basic, BasicProperties
+from pika.exceptions import (
+    AMQPConnectionError,
+    AMQPError,
+    ChannelClosedByBroker,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
 
-AMQP_URL = "".join(os.getenv("AMQP_URL", "").split()) or "amqp://guest:guest@localhost:5672/%2F"
-
-
-def connect() -> pika.BlockingConnection:
-    """Connect to the node at AMQP_URL; of several, to the first that answers."""
-    try:
-        nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
-    except (ValueError, TypeError, LookupError, SyntaxError):  # not shown: it has a password
-        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for node in nodes:  # pika does not go on to the next one if a name has no address
-        try:
-            return pika.BlockingConnection(node)
-        except Exception as error:  # pika has a dozen for this, some of them the socket's
-            why = str(error) or error.args[0].exception  # of a socket it is one level deeper
-    raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}")
+parser = argparse.ArgumentParser(description=__doc__)
 
 
-def on_log(_c: BlockingChannel, _m: Basic.Deliver, _p: BasicProperties, body: bytes) -> None:
-    print(f" [x] {body.decode(errors='backslashreplace')}")
+def main(channel):
+    channel.exchange_declare(exchange="logs", exchange_type="fanout")
 
+    # A queue of our own. RabbitMQ makes up its name, because we give none. It is exclusive:
+    # nobody else can read from it, and RabbitMQ deletes it when our connection ends.
+    queue = channel.queue_declare(queue="", exclusive=True).method.queue
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    # From here on, the queue gets a copy of each log line.
+    channel.queue_bind(queue=queue, exchange="logs")
+    channel.basic_consume(queue=queue, on_message_callback=on_log, auto_ack=True)
 
-    connection = connect()
-    channel = connection.channel()
-    channel.exchange_declare("logs", exchange_type="fanout", durable=True)
-    queue = channel.queue_declare("", exclusive=True).method.queue  # RabbitMQ gives it a name
-    channel.queue_bind(queue, exchange="logs")
-    channel.basic_consume(queue, on_log, auto_ack=True)
-    # Standard output is for logs alone: it may go to a file.
+    # On standard error: standard output may go to a file, and then only logs belong there.
     print(" [*] Waiting for logs. To exit press CTRL+C", file=sys.stderr)
-    channel.start_consuming()
-    connection.close()
-    raise AMQPConnectionError("RabbitMQ cancelled the consumer")
+
+
+def on_log(channel, method, properties, body):
+    text = body.decode(errors="backslashreplace")
+    print(f" [x] {text}")
+
+
+# --- From here on, all consumers are the same. The end of lesson 1 (hello_world) explains it. ---
+
+AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect():
+    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
+    try:
+        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+    except Exception:  # its text is not shown: it may contain the password
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    for broker in brokers:  # one by one: pika would stop at a host name that has no address
+        try:
+            return pika.BlockingConnection(broker)
+        except (ProbableAuthenticationError, ProbableAccessDeniedError):
+            raise  # wrong password, wrong virtual host
+        except Exception as error:  # one of pika's, of the socket's or of TLS
+            reason = repr(error)
+    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))
-    said = ""
+    options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
+        signal.signal(number, lambda number, frame: os._exit(0))
+    final = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
+    reported = ""
     while True:
         try:
-            main()
-        except AMQPConnectionError as error:
-            if "ACCESS_REFUSED" in str(error) or "NOT_ALLOWED" in str(error):
-                sys.exit(f" [!] {error}")  # a wrong password or virtual host stays wrong
-            if said != str(error):
+            sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
+            with connect() as connection:
+                channel = connection.channel()
+                main(channel)
+                final = OSError  # RabbitMQ has accepted all of it once: other trouble may pass
+                channel.start_consuming()
+                raise AMQPError("RabbitMQ cancelled the consumer")
+        except final as error:  # OSError: the output is closed or full
+            print(f" [!] {error}", file=sys.stderr)
+            os._exit(1)  # sys.exit would try again to write what could not be written
+        except AMQPError as error:
+            if str(error) != reported:
                 print(f" [!] {error}; trying again every second", file=sys.stderr)
-            said = str(error) if "Cannot connect" in str(error) else ""  # once, not every second
-        except (AMQPError, OSError) as error:
-            sys.exit(f" [!] {error}")
+            reported = str(error)
         time.sleep(1)

@@ -1,122 +1,138 @@
-"""Ask the servers on the queue 'rpc_queue' for Fibonacci numbers, for all of them at once."""
+"""Ask the servers on the queue 'rpc_queue' for Fibonacci numbers."""
 
 import argparse
 import os
+import re
 import signal
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Sequence
+from contextlib import suppress
 
 import pika
-from pika.exceptions import AMQPConnectionError, AMQPError
-from pika.spec import BasicProperties
+from pika.exceptions import (
+    AMQPConnectionError,
+    AMQPError,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
 
-AMQP_URL = "".join(os.getenv("AMQP_URL", "").split()) or "amqp://guest:guest@localhost:5672/%2F"
-
-
-def connect() -> pika.BlockingConnection:
-    """Connect to the node at AMQP_URL; of several, to the first that answers."""
-    try:
-        nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
-    except (ValueError, TypeError, LookupError, SyntaxError):  # not shown: it has a password
-        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for node in nodes:  # pika does not go on to the next one if a name has no address
-        try:
-            return pika.BlockingConnection(node)
-        except Exception as error:  # pika has a dozen for this, some of them the socket's
-            why = str(error) or error.args[0].exception  # of a socket it is one level deeper
-    raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}")
+IN_FLIGHT = 100  # how many requests may wait for their answers at the same time
 
 
 class RpcError(AMQPError):
-    """A server answered with an error, or there has never been a server."""
+    """The server answered with an error or with nonsense, or there is no queue 'rpc_queue'."""
 
 
 class FibonacciRpcClient:
-    """A connection, and one callback queue for the answers to all of its calls.
+    """A connection with one callback queue, which takes the answers to all calls.
 
-    It is a context manager, for one thread. Each method raises AMQPError when the connection is
-    lost: also because nothing was called for longer than the heartbeat.
+    Use it in a `with` statement and in one thread. Its methods raise AMQPError when the connection
+    is lost. This also happens when no method is called for longer than the heartbeat.
     """
 
-    def __init__(self) -> None:
-        self.waiting: set[str] = set()  # the correlation ids of the requests without an answer
-        self.answers: dict[str, tuple[str | None, bytes]] = {}  # by correlation id
+    def __init__(self):
         self.connection = connect()
+        self.connection.add_on_connection_blocked_callback(self.on_blocked)
+        self.connection.add_on_connection_unblocked_callback(self.on_unblocked)
+        self.blocked = False  # RabbitMQ is short of memory or disk, and reads nothing from us
         self.channel = self.connection.channel()
-        self.callback_queue = self.channel.queue_declare("", exclusive=True).method.queue
-        self.channel.basic_consume(self.callback_queue, self.on_answer, auto_ack=True)
         self.channel.add_on_return_callback(self.on_return)
+        self.callback_queue = self.channel.queue_declare(queue="", exclusive=True).method.queue
+        self.channel.basic_consume(
+            queue=self.callback_queue, on_message_callback=self.on_answer, auto_ack=True
+        )
 
-    def __enter__(self) -> "FibonacciRpcClient":
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if error in (None, RpcError):  # otherwise the broker may not answer to this, either
-            self.connection.close()
-
-    def on_answer(self, _c: object, _m: object, answer: BasicProperties, body: bytes) -> None:
-        if answer.correlation_id in self.waiting:  # not a second answer, nor another's
-            self.waiting.remove(answer.correlation_id)
-            self.answers[answer.correlation_id] = answer.type, body
-
-    def on_return(self, _c: object, _m: object, request: BasicProperties, _body: bytes) -> None:
-        request.type = "error"  # as if a server had answered so
-        self.on_answer(_c, _m, request, b"there is no queue 'rpc_queue': start a server")
-
-    def call(self, n: int, timeout: float = 10) -> int:
-        """Return the n-th Fibonacci number; timeout and errors are those of call_many."""
+    def call(self, n, timeout=10):
+        """Return the n-th Fibonacci number. See call_many for the timeout and the errors."""
         return self.call_many([n], timeout)[0]
 
-    def call_many(self, numbers: Sequence[int], timeout: float = 10) -> list[int]:
-        """Return the Fibonacci numbers of all these numbers, in this order.
+    def call_many(self, numbers, timeout=10):
+        """Return the Fibonacci numbers of all these numbers, in the same order.
 
-        All requests are sent at once, and timeout, in seconds, is for all of them together. Raises
-        TimeoutError when it is over, RpcError for the first error in the answers.
+        The timeout is in seconds, for all of them together. Raises TimeoutError when it is over,
+        and RpcError for the first error among the answers.
         """
         if not 0 < timeout < 2**32 / 1000:  # RabbitMQ takes no longer expiration
             raise ValueError("timeout must be more than 0 and less than 4294967 seconds")
         deadline = time.monotonic() + timeout
-        requests = [str(uuid.uuid4()) for _ in numbers]
-        self.answers = {}
-        self.waiting = set(requests)
-        for request, n in zip(requests, numbers, strict=True):
-            self.channel.basic_publish(
-                exchange="",
-                routing_key="rpc_queue",
-                body=str(n).encode(),
-                properties=pika.BasicProperties(
-                    reply_to=self.callback_queue,
-                    correlation_id=request,
-                    expiration=str(int(timeout * 1000)),  # not computed if it still waits then
-                    content_type="text/plain",
-                ),
-                mandatory=True,  # a request that reaches no queue is returned
-            )
-        while self.waiting:
+        requests = [(str(uuid.uuid4()), n) for n in numbers]  # each with its correlation id
+        self.answers = {}  # by correlation id
+        self.waiting = set()  # the correlation ids of the requests without an answer
+        sent = 0
+        while len(self.answers) < len(requests):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError(f"No answer within {timeout:g} s")
-            self.connection.process_data_events(remaining)
+            if sent < len(requests) and len(self.waiting) < IN_FLIGHT and not self.blocked:
+                self.send(*requests[sent], remaining)
+                sent += 1
+            else:
+                self.connection.process_data_events(remaining)  # calls on_answer, if one comes
             if self.channel.is_closed:
                 raise AMQPConnectionError("RabbitMQ refused a request, and closed the channel")
+        return [self.result(n, *self.answers[correlation_id]) for correlation_id, n in requests]
 
-        results = []
-        for request, n in zip(requests, numbers, strict=True):
-            kind, body = self.answers[request]
-            if kind == "error" or not body.isdigit():
-                raise RpcError(f"fib({n}): {body.decode(errors='backslashreplace')}")
-            results.append(int(body))
-        return results
+    def send(self, correlation_id, n, seconds):
+        self.waiting.add(correlation_id)
+        self.channel.basic_publish(
+            exchange="",
+            routing_key="rpc_queue",
+            body=str(n).encode(),
+            properties=pika.BasicProperties(
+                reply_to=self.callback_queue,
+                correlation_id=correlation_id,
+                expiration=str(int(seconds * 1000)),  # after that, no server should compute it
+                content_type="text/plain",
+            ),
+            mandatory=True,  # if there is no queue, the request comes back to on_return
+        )
+
+    def on_answer(self, channel, method, properties, body):
+        if properties.correlation_id in self.waiting:  # not one that has its answer, or a stranger
+            self.waiting.remove(properties.correlation_id)
+            self.answers[properties.correlation_id] = properties.type, body
+
+    def on_return(self, channel, method, properties, body):
+        properties.type = "error"
+        self.on_answer(
+            channel, method, properties, b"there is no queue 'rpc_queue': start a server"
+        )
+
+    def on_blocked(self, connection, frame):
+        self.blocked = True
+
+    def on_unblocked(self, connection, frame):
+        self.blocked = False
+
+    def result(self, n, kind, body):
+        """Return the number in an answer. Raises RpcError."""
+        if kind == "error" or not re.fullmatch(rb"\d{1,100}", body):
+            raise RpcError(f"fib({n}): {body[:100].decode(errors='backslashreplace')}")
+        return int(body)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        # close() waits for RabbitMQ's answer. If RabbitMQ is blocked, that could take for ever.
+        closing = threading.Thread(target=self.close, daemon=True)
+        closing.start()
+        closing.join(timeout=1)
+
+    def close(self):
+        with suppress(AMQPError):  # the connection is lost already
+            self.connection.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--timeout", type=float, default=10, metavar="SECONDS")
-    parser.add_argument("numbers", type=int, nargs="*", default=[30], metavar="N")
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--timeout", type=float, default=10, metavar="SECONDS")
+parser.add_argument("numbers", type=int, nargs="*", default=[30], metavar="N")
+
+
+def main():
     options = parser.parse_args()
-
     with FibonacciRpcClient() as client:
         for n in options.numbers:
             print(f" [x] Requesting fib({n})")
@@ -127,11 +143,33 @@ def main() -> None:
             parser.error(str(error))
 
 
-if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+# --- From here on, all producers are the same. The end of lesson 1 (hello_world) explains it. ---
+
+AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect():
+    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
     try:
+        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+    except Exception:  # its text is not shown: it may contain the password
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    for broker in brokers:  # one by one: pika would stop at a host name that has no address
+        try:
+            return pika.BlockingConnection(broker)
+        except (ProbableAuthenticationError, ProbableAccessDeniedError):
+            raise  # wrong password, wrong virtual host
+        except Exception as error:  # one of pika's, of the socket's or of TLS
+            reason = repr(error)
+    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    try:
+        sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
-    except (AMQPError, OSError) as error:
-        sys.exit(f" [!] {error}")
+    except (AMQPError, OSError) as error:  # OSError: the output is closed or full
+        print(f" [!] {error}", file=sys.stderr)
+        os._exit(1)  # sys.exit would try again to write what could not be written

@@ -7,90 +7,100 @@ import sys
 import time
 
 import pika
-from pika.adapters.blocking_connection import BlockingChannel
-from pika.exceptions import AMQPConnectionError, AMQPError
-from pika.spec import Basic, BasicProperties
+from pika.exceptions import (
+    AMQPConnectionError,
+    AMQPError,
+    ChannelClosedByBroker,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
 
-AMQP_URL = "".join(os.getenv("AMQP_URL", "").split()) or "amqp://guest:guest@localhost:5672/%2F"
-
-
-def connect() -> pika.BlockingConnection:
-    """Connect to the node at AMQP_URL; of several, to the first that answers."""
-    try:
-        nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
-    except (ValueError, TypeError, LookupError, SyntaxError):  # not shown: it has a password
-        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for node in nodes:  # pika does not go on to the next one if a name has no address
-        try:
-            return pika.BlockingConnection(node)
-        except Exception as error:  # pika has a dozen for this, some of them the socket's
-            why = str(error) or error.args[0].exception  # of a socket it is one level deeper
-    raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}")
+parser = argparse.ArgumentParser(description=__doc__)
 
 
-def fib(n: int) -> int:
-    """Return the n-th Fibonacci number, slowly on purpose: it stands for expensive work."""
-    return n if n < 2 else fib(n - 1) + fib(n - 2)
+def main(channel):
+    channel.queue_declare(queue="rpc_queue", durable=True)
+    channel.basic_qos(prefetch_count=1)  # the next request goes to a server that is free
+    channel.basic_consume(queue="rpc_queue", on_message_callback=on_request)
+    print(" [x] Awaiting RPC requests")
 
 
-def answer(body: bytes) -> tuple[str, str]:
-    """Return the type of the answer to a request, "result" or "error", and its text."""
+def on_request(channel, method, properties, body):
+    if properties.reply_to:  # without it, nobody waits for an answer
+        kind, text = answer(body)
+        channel.basic_publish(
+            exchange="",
+            routing_key=properties.reply_to,
+            body=text.encode(),
+            properties=pika.BasicProperties(
+                correlation_id=properties.correlation_id, type=kind, content_type="text/plain"
+            ),
+        )
+    # Last: if this server dies before, another one gets the request.
+    channel.basic_ack(delivery_tag=method.delivery_tag)
+
+
+def answer(body):
+    """Return the type of the answer, "result" or "error", and its text."""
     try:
         n = int(body)
-    except ValueError:  # text, nothing, or bytes that are no text
+    except ValueError:  # words, nothing at all, or bytes that are not text
         n = -1
-    if not 0 <= n <= 35:
-        return "error", "not a whole number from 0 to 35"
+    if not 0 <= n <= 40:
+        return "error", "not a whole number from 0 to 40"
     print(f" [.] fib({n})")
     return "result", str(fib(n))
 
 
-def on_request(
-    channel: BlockingChannel, method: Basic.Deliver, request: BasicProperties, body: bytes
-) -> None:
-    if request.reply_to:  # without it, nobody waits for an answer
-        kind, text = answer(body)
-        channel.basic_publish(
-            exchange="",
-            routing_key=request.reply_to,
-            body=text.encode(),
-            properties=pika.BasicProperties(
-                correlation_id=request.correlation_id, type=kind, content_type="text/plain"
-            ),
-        )
-    # Last, so that another server gets the request if this one dies before.
-    channel.basic_ack(method.delivery_tag)
+def fib(n):
+    """Return the n-th Fibonacci number, slowly on purpose: it stands for expensive work.
+
+    fib(40) takes ten seconds or more. Work of minutes needs a thread, as in lesson 2's worker.py.
+    """
+    return n if n < 2 else fib(n - 1) + fib(n - 2)
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+# --- From here on, all consumers are the same. The end of lesson 1 (hello_world) explains it. ---
 
-    connection = connect()
-    channel = connection.channel()
-    channel.queue_declare("rpc_queue", durable=True)
-    channel.basic_qos(prefetch_count=1)  # the next request goes to a server that is free
-    # fib(35) takes seconds. Work that takes minutes needs a thread, as in work_queues/worker.py.
-    channel.basic_consume("rpc_queue", on_request)
-    print(" [x] Awaiting RPC requests")
-    channel.start_consuming()
-    connection.close()
-    raise AMQPConnectionError("RabbitMQ cancelled the consumer")
+AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect():
+    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
+    try:
+        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+    except Exception:  # its text is not shown: it may contain the password
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    for broker in brokers:  # one by one: pika would stop at a host name that has no address
+        try:
+            return pika.BlockingConnection(broker)
+        except (ProbableAuthenticationError, ProbableAccessDeniedError):
+            raise  # wrong password, wrong virtual host
+        except Exception as error:  # one of pika's, of the socket's or of TLS
+            reason = repr(error)
+    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))
-    said = ""
+    options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
+        signal.signal(number, lambda number, frame: os._exit(0))
+    final = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
+    reported = ""
     while True:
         try:
-            main()
-        except AMQPConnectionError as error:
-            if "ACCESS_REFUSED" in str(error) or "NOT_ALLOWED" in str(error):
-                sys.exit(f" [!] {error}")  # a wrong password or virtual host stays wrong
-            if said != str(error):
+            sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
+            with connect() as connection:
+                channel = connection.channel()
+                main(channel)
+                final = OSError  # RabbitMQ has accepted all of it once: other trouble may pass
+                channel.start_consuming()
+                raise AMQPError("RabbitMQ cancelled the consumer")
+        except final as error:  # OSError: the output is closed or full
+            print(f" [!] {error}", file=sys.stderr)
+            os._exit(1)  # sys.exit would try again to write what could not be written
+        except AMQPError as error:
+            if str(error) != reported:
                 print(f" [!] {error}; trying again every second", file=sys.stderr)
-            said = str(error) if "Cannot connect" in str(error) else ""  # once, not every second
-        except (AMQPError, OSError) as error:
-            sys.exit(f" [!] {error}")
+            reported = str(error)
         time.sleep(1)

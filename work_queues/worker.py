@@ -1,4 +1,4 @@
-"""Do the tasks in the queue 'task_queue', one at a time: a second of work for each dot."""
+"""Do the tasks in the queue 'task_queue', one at a time. Each dot is a second of work."""
 
 import argparse
 import os
@@ -7,98 +7,141 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 
 import pika
-from pika.adapters.blocking_connection import BlockingChannel
-from pika.exceptions import AMQPConnectionError, AMQPError
-from pika.spec import Basic, BasicProperties
-
-Delivery = tuple[BlockingChannel, Basic.Deliver, BasicProperties, bytes]
-
-AMQP_URL = "".join(os.getenv("AMQP_URL", "").split()) or "amqp://guest:guest@localhost:5672/%2F"
-
-
-def connect() -> pika.BlockingConnection:
-    """Connect to the node at AMQP_URL; of several, to the first that answers."""
-    try:
-        nodes = [pika.URLParameters(url) for url in AMQP_URL.replace(",amqp", " amqp").split()]
-    except (ValueError, TypeError, LookupError, SyntaxError):  # not shown: it has a password
-        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for node in nodes:  # pika does not go on to the next one if a name has no address
-        try:
-            return pika.BlockingConnection(node)
-        except Exception as error:  # pika has a dozen for this, some of them the socket's
-            why = str(error) or error.args[0].exception  # of a socket it is one level deeper
-    raise AMQPConnectionError(f"Cannot connect to RabbitMQ: {why}")
+from pika.exceptions import (
+    AMQPConnectionError,
+    AMQPError,
+    ChannelClosedByBroker,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
 
 
-def work(task: str) -> None:
-    """Do a task: a second for each dot."""
-    time.sleep(task.count("."))
+def main(channel):
+    channel.queue_declare(queue="task_queue", durable=True)
 
-
-def consume(channel: BlockingChannel, tasks: "queue.SimpleQueue[Delivery | Exception]") -> None:
-    """Serve the connection until it is lost, and hand over the reason as if it were a task."""
-    try:
-        channel.start_consuming()
-        channel.connection.close()
-        raise AMQPConnectionError("RabbitMQ cancelled the consumer")
-    except Exception as error:
-        tasks.put(error)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prefetch", type=int, default=1, metavar="N", help="0 is no limit")
-    parser.add_argument("--auto-ack", action="store_true", help="RabbitMQ forgets a task it sends")
-    parser.add_argument("--forget-ack", action="store_true", help="never acknowledge a task")
-    options = parser.parse_args()
-    if not 0 <= options.prefetch <= 65535:
-        parser.error("argument --prefetch: must be from 0 to 65535")
-
-    tasks: queue.SimpleQueue[Delivery | Exception] = queue.SimpleQueue()
-    connection = connect()
-    channel = connection.channel()
-    channel.queue_declare("task_queue", durable=True)
+    # RabbitMQ sends us this many tasks before it waits for our acknowledgements.
     channel.basic_qos(prefetch_count=options.prefetch)
-    channel.basic_consume("task_queue", lambda *d: tasks.put(d), auto_ack=options.auto_ack)
+    channel.basic_consume(
+        queue="task_queue", on_message_callback=on_task, auto_ack=options.auto_ack
+    )
+    channel.confirm_delivery()  # for put_back
     print(" [*] Waiting for tasks. To exit press CTRL+C")
-    # From here on the connection is the thread's: it answers heartbeats however long a task takes.
-    threading.Thread(target=consume, args=(channel, tasks), daemon=True).start()
+    if not worker.is_alive():  # it still is when the connection was lost and made again
+        worker.start()
 
-    while True:
-        task = tasks.get()
-        if isinstance(task, Exception):
-            raise task
-        _channel, method, _properties, body = task
-        if channel.is_closed and not options.auto_ack:
-            continue  # this task is in its queue again
 
-        text = body.decode(errors="backslashreplace")
-        again = " (redelivered)" if method.redelivered else ""
-        print(f" [x] Received '{text}'{again}")
+def on_task(channel, method, properties, body):
+    if options.in_callback:
+        do_task(channel, method, properties, body)  # pika waits here, and answers no heartbeat
+    else:
+        tasks.put((channel, method, properties, body))  # pika goes on, and answers heartbeats
+
+
+def do_tasks():
+    """Do one task after the other. This runs in a thread of its own, next to pika's."""
+    try:
+        while True:
+            do_task(*tasks.get())
+    except Exception as error:  # the output is closed or full, for example
+        print(f" [!] {error}", file=sys.stderr)
+        os._exit(1)
+
+
+def do_task(channel, method, properties, body):
+    if channel.is_closed and not options.auto_ack:
+        return  # RabbitMQ has put this task back into its queue, for another worker or for us
+    text = body.decode(errors="backslashreplace")
+    print(f" [x] Received '{text}'" + (" (redelivered)" if method.redelivered else ""))
+    try:
         work(text)
         print(" [x] Done")
-        if channel.is_open and not options.auto_ack and not options.forget_ack:
-            acknowledge = partial(channel.basic_ack, method.delivery_tag)
-            connection.add_callback_threadsafe(acknowledge)
+        answer = partial(channel.basic_ack, delivery_tag=method.delivery_tag)
+    except Exception as error:
+        print(f" [!] '{text}' failed and will be tried again: {error!r}", file=sys.stderr)
+        time.sleep(1)  # or a task that always fails would keep us busy with nothing else
+        answer = partial(put_back, channel, method, properties, body)
+    if options.auto_ack or options.forget_ack:
+        return
+    with suppress(AMQPError):  # the connection is lost, and the task is in its queue again
+        # Only pika's thread may use the channel. This asks it to make the call.
+        channel.connection.add_callback_threadsafe(answer)
+
+
+def work(text):
+    """Put your own work here. It may take as long as it likes, and it may raise an exception."""
+    time.sleep(text.count("."))
+
+
+def put_back(channel, method, properties, body):
+    """Send a failed task to the end of the queue, behind the tasks that wait there."""
+    channel.basic_publish(
+        exchange="", routing_key="task_queue", body=body, properties=properties, mandatory=True
+    )
+    # Last: if we die before this, the task is in the queue twice, but it is never lost.
+    channel.basic_ack(delivery_tag=method.delivery_tag)
+
+
+tasks = queue.SimpleQueue()  # from pika's thread to the thread that works
+worker = threading.Thread(target=do_tasks, daemon=True)
+
+
+def prefetch_count(text):
+    """Return the number if AMQP has room for it; otherwise raise ValueError."""
+    return range(65536).index(int(text))
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--prefetch", type=prefetch_count, default=1, metavar="N", help="0: no limit")
+parser.add_argument("--auto-ack", action="store_true", help="RabbitMQ forgets a task it has sent")
+parser.add_argument("--forget-ack", action="store_true", help="never acknowledge a task")
+parser.add_argument("--in-callback", action="store_true", help="work in pika's own thread")
+
+
+# --- From here on, all consumers are the same. The end of lesson 1 (hello_world) explains it. ---
+
+AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect():
+    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
+    try:
+        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+    except Exception:  # its text is not shown: it may contain the password
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    for broker in brokers:  # one by one: pika would stop at a host name that has no address
+        try:
+            return pika.BlockingConnection(broker)
+        except (ProbableAuthenticationError, ProbableAccessDeniedError):
+            raise  # wrong password, wrong virtual host
+        except Exception as error:  # one of pika's, of the socket's or of TLS
+            reason = repr(error)
+    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))
-    said = ""
+    options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
+        signal.signal(number, lambda number, frame: os._exit(0))
+    final = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
+    reported = ""
     while True:
         try:
-            main()
-        except AMQPConnectionError as error:
-            if "ACCESS_REFUSED" in str(error) or "NOT_ALLOWED" in str(error):
-                sys.exit(f" [!] {error}")  # a wrong password or virtual host stays wrong
-            if said != str(error):
+            sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
+            with connect() as connection:
+                channel = connection.channel()
+                main(channel)
+                final = OSError  # RabbitMQ has accepted all of it once: other trouble may pass
+                channel.start_consuming()
+                raise AMQPError("RabbitMQ cancelled the consumer")
+        except final as error:  # OSError: the output is closed or full
+            print(f" [!] {error}", file=sys.stderr)
+            os._exit(1)  # sys.exit would try again to write what could not be written
+        except AMQPError as error:
+            if str(error) != reported:
                 print(f" [!] {error}; trying again every second", file=sys.stderr)
-            said = str(error) if "Cannot connect" in str(error) else ""  # once, not every second
-        except (AMQPError, OSError) as error:
-            sys.exit(f" [!] {error}")
+            reported = str(error)
         time.sleep(1)
