@@ -1,48 +1,60 @@
-# Each command sets up all that it needs: the virtual environment in .venv, and a broker.
+# Each command installs what it needs: Python packages in .venv, and a broker.
 #   BROKER=auto|container|local|URL    where RabbitMQ comes from
-#   PYTEST_ARGS='-k rpc'               more for pytest; the tests wait a lot, so two run at a time
-#   PYTHON=python3.14                  the interpreter for a new .venv ("make clean" removes the old)
+#   PYTEST_ARGS='-k rpc'               more options for pytest
+#   PYTHON=python3.14                  the Python for a new .venv ("make clean" removes the old one)
 
 PYTHON ?= python3
 BROKER ?= auto
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: help demo test broker lint clean
+.PHONY: help demo test promises broker lint clean
 
 help:
-	@echo 'make demo      play a part of each of the four lessons'
-	@echo 'make test      run the tests'
+	@echo 'make demo      play a part of each lesson'
+	@echo 'make test      run the tests, two at a time'
+	@echo 'make promises  list what the tests prove'
 	@echo 'make broker    keep a RabbitMQ on localhost:5672 until Ctrl+C'
-	@echo 'make lint      check format, style and types'
-	@echo 'make clean     remove the virtual environment and all caches'
+	@echo 'make lint      check format, style, types and the files for Docker and GitHub'
+	@echo 'make clean     remove .venv and all caches'
 	@echo 'BROKER=auto|container|local|URL says where RabbitMQ comes from.'
 
-demo: .venv/ready
+demo: .venv/has-tools
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
 	@$(VENV_PYTHON) -m tools.demo --broker='$(BROKER)'
 
-test: .venv/ready
+test: .venv/has-test
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
 	$(VENV_PYTHON) -m pytest -n 2 --broker='$(BROKER)' $(PYTEST_ARGS)
 
-broker: .venv/ready
+promises: .venv/has-test
+	@$(VENV_PYTHON) -m pytest --collect-only -p no:terminal -o addopts= $(PYTEST_ARGS)
+
+broker: .venv/has-tools
 	@$(VENV_PYTHON) -m tools.broker --broker='$(BROKER)'
 
-lint: .venv/ready
+lint: .venv/has-lint
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy .
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 
 clean:
 	rm -rf .venv .*_cache .hypothesis *.egg-info
 
+# The packages of one of the lists in pyproject.toml: tools, test or lint.
+.venv/has-%: pyproject.toml | .venv/bin/pip
+	@echo 'Installing the Python packages for $*'
+	@.venv/bin/pip install -qq --disable-pip-version-check -e '.[$*]'
+	@touch $@
+
 # Debian and Ubuntu have venv in a package of its own.
 VENV_PACKAGE = $(notdir $(PYTHON))-venv
 
-.venv/ready: pyproject.toml
+.venv/bin/pip:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-			echo 'Installing $(VENV_PACKAGE), with apt-get'; \
+			echo 'Installing $(VENV_PACKAGE) with apt-get'; \
 			apt-get -qq update && apt-get -qq install -y --no-install-recommends $(VENV_PACKAGE) >/dev/null; \
 		else \
 			echo '$(PYTHON) has no venv. On Debian or Ubuntu, this installs it:'; \
@@ -51,5 +63,3 @@ VENV_PACKAGE = $(notdir $(PYTHON))-venv
 		fi; }
 	@echo 'Making .venv'
 	@$(PYTHON) -m venv --clear .venv
-	@.venv/bin/pip install -qq --disable-pip-version-check -e '.[test,lint]'
-	@touch $@

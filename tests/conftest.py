@@ -1,11 +1,14 @@
-"""One broker for the whole run, and a virtual host of its own for each test."""
+"""One broker for each process that runs tests, a virtual host for each test, and the report."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pika
@@ -13,10 +16,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 from tests.scripts import Scripts
-from tools.broker import Broker, Compose, Container, NoBroker, check, compose_problem, start
-
-broker_key = pytest.StashKey[Broker]()
-figures_key = pytest.StashKey[list[str]]()
+from tools.broker import Broker, NoBroker, check, start
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,102 +35,82 @@ def pytest_configure() -> None:
         signal.signal(number, signal.default_int_handler)
 
 
-def in_parallel(config: pytest.Config) -> bool:
-    """Say whether this process leads others (pytest -n 2), each with a broker of its own."""
-    return config.pluginmanager.has_plugin("dsession")
-
-
 def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say which broker is used, or that there is none, before the first test."""
     config = session.config
-    if config.option.collectonly:
+    if config.option.collectonly or hasattr(config, "workerinput"):  # of a process of pytest -n 2
         return
     try:
-        if in_parallel(config):
-            check(config.option.broker)
-        else:
-            config.stash[broker_key] = start(config.option.broker)
+        config.get_terminal_writer().line(f"broker: {check(config.option.broker)}")
     except NoBroker as error:
         raise pytest.UsageError(str(error)) from None
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
-    if in_parallel(config):
-        return f"broker: {config.option.broker}, one for each process; which, is said at the end"
-    broker = config.stash.get(broker_key, None)
-    return f"broker: {broker}" if broker else None
+# --- What is promised is what the tests are called ---
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand to the leading process what it prints at the end."""
-    output = getattr(session.config, "workeroutput", None)
-    if output is not None:
-        said = [f"broker: {session.config.stash[broker_key]}"]
-        output["figures"] = said + session.config.stash.get(figures_key, [])
+def in_words(name: str) -> str:
+    """Return the words in the name of a test or a file, without those of its parameters."""
+    words, bracket, parameters = name.partition("[")
+    return words.removeprefix("test_").replace("_", " ") + (bracket and f" [{parameters}")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Take over what a process has handed over."""
-    figures = node.config.stash.setdefault(figures_key, [])
-    figures += [f for f in getattr(node, "workeroutput", {}).get("figures", []) if f not in figures]
+@pytest.hookimpl(wrapper=True)
+def pytest_report_teststatus(report: pytest.TestReport) -> Generator[None, Any, Any]:
+    """Show a line of words for each test, where pytest shows a letter."""
+    category, letter, word = yield
+    if letter:
+        path, _, name = report.nodeid.partition("::")
+        letter = f"\n{category:8}{in_words(Path(path).stem)}: {in_words(name)}"
+    return category, letter, word
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """List the tests by their names and docstrings, instead of pytest's own list."""
+    if session.config.option.collectonly and not session.config.pluginmanager.hasplugin("terminal"):
+        items = [item for item in session.items if isinstance(item, pytest.Function)]
+        documented = (each for item in items for each in (item.module, item.function))
+        for each in dict.fromkeys(documented):
+            title = "" if inspect.ismodule(each) else f"  {in_words(each.__name__)}"
+            print(
+                title, *(inspect.getdoc(each) or "").splitlines(), sep="\n    " if title else "\n"
+            )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    figures = terminalreporter.config.stash.get(figures_key, [])
+    """Show what tests have recorded with record_property, whichever process ran them."""
+    reports = (report for reports in terminalreporter.stats.values() for report in reports)
+    figures = [figure for report in reports for figure in getattr(report, "user_properties", [])]
     if figures:
         terminalreporter.section("figures")
-        for figure in figures:
-            terminalreporter.line(figure)
+        for name, value in dict.fromkeys(figures):
+            terminalreporter.line(f"{name}: {value}")
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    broker = config.stash.get(broker_key, None)
-    if broker:
-        broker.close()
+# --- What tests need ---
 
 
-@pytest.fixture
-def broker(pytestconfig: pytest.Config) -> Broker:
-    """The broker of this run."""
-    return pytestconfig.stash[broker_key]
+@pytest.fixture(scope="session")
+def broker(pytestconfig: pytest.Config) -> Iterator[Broker]:
+    """The broker of this process, for all of its tests."""
+    with closing(start(pytestconfig.option.broker)) as started:
+        yield started
 
 
 @pytest.fixture
 def own_broker(broker: Broker) -> Broker:
-    """The broker of this run, if it may be stopped and administered."""
+    """The broker of this process, if it may be stopped and administered."""
     if not broker.owned:
         pytest.skip("needs a broker that it may stop: --broker container or local")
     return broker
 
 
-@pytest.fixture(scope="session")
-def compose(pytestconfig: pytest.Config) -> Iterator[Compose]:
-    """The RabbitMQ of docker-compose.yml, up and healthy, where this run's broker is a container.
-
-    Nothing is left of it afterwards.
-    """
-    if not isinstance(pytestconfig.stash[broker_key], Container):
-        pytest.skip("needs a Docker engine: --broker=container")
-    if problem := compose_problem():
-        wanted = pytestconfig.option.broker == "container"
-        (pytest.fail if wanted else pytest.skip)(problem)
-    composed = Compose()
-    yield composed
-    before = composed.left()
-    composed.close()
-    assert before
-    assert not composed.left()
-
-
 @pytest.fixture
-def figures(pytestconfig: pytest.Config) -> list[str]:
-    """What is printed, line by line, at the end of the run."""
-    return pytestconfig.stash.setdefault(figures_key, [])
-
-
-@pytest.fixture
-def amqp_url(broker: Broker, request: pytest.FixtureRequest) -> Iterator[str]:
+def amqp_url(
+    broker: Broker, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Iterator[str]:
     """The URL of a new virtual host, named after the test and its process."""
+    record_property("broker", str(broker))
     name = re.sub(r"\W+", "-", request.node.name)[:100].strip("-")
     with broker.virtual_host(f"{name}-{os.getpid()}") as url:
         yield url
@@ -138,10 +118,9 @@ def amqp_url(broker: Broker, request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def scripts(amqp_url: str) -> Iterator[Scripts]:
-    """Scripts on the test's virtual host; what still runs in them is killed at last."""
-    opened = Scripts(amqp_url)
-    yield opened
-    opened.close()
+    """Scripts on the test's virtual host. Those that still run at its end are killed."""
+    with closing(Scripts(amqp_url)) as opened:
+        yield opened
 
 
 @pytest.fixture

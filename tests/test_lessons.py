@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools import ROOT, TIMEOUT, environment
-from tools.broker import Broker, Container, compose_problem
+from tools.broker import Broker
 from tools.lessons import (
     DOCUMENTS,
     LESSONS,
@@ -117,30 +117,22 @@ def test_an_excerpt_is_looked_up_in_one_piece() -> None:
     assert not has_excerpt(script, "b = 3\n")
 
 
-@pytest.fixture
-def lesson_broker(broker: Broker, request: pytest.FixtureRequest) -> Broker:
-    """The broker of docker-compose.yml where containers are used, or else that of this run."""
-    if isinstance(broker, Container) and compose_problem() is None:
-        return request.getfixturevalue("compose")  # type: ignore[no-any-return]
-    return broker
-
-
 def name(document: Path) -> str:
     return str(document.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_what_the_terminals_show_is_what_happens(
-    document: Path, lesson_broker: Broker, tmp_path: Path
+    document: Path, broker: Broker, tmp_path: Path
 ) -> None:
     """Each console block of a document, played in real terminals, shows what the text shows."""
     story = console_blocks(document)
     assert story
-    if not lesson_broker.owned and any("$ docker " in block.source for block in story):
+    if not broker.owned and any("$ docker " in block.source for block in story):
         pytest.skip("restarts and administers its broker: --broker container or local")
     folder = copy_tutorial(tmp_path)
     (tmp_path / "bin").mkdir()
-    with stage(lesson_broker, tmp_path / "bin") as env, Player(env, folder, timeout=30) as player:
+    with stage(broker, tmp_path / "bin") as env, Player(env, folder, timeout=30) as player:
         player.play(story)
 
 

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -411,14 +411,16 @@ def servers_at_work(scripts: Scripts, servers: list[Script]) -> float:
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 @pytest.mark.skipif(not Path(SCHEDSTAT.format("self")).exists(), reason="needs Linux's statistics")
-def test_servers_share_the_load(scripts: Scripts, figures: list[str]) -> None:
+def test_servers_share_the_load(
+    scripts: Scripts, record_property: Callable[[str, object], None]
+) -> None:
     """Two servers answer at least 1.6 times as many expensive calls as one in the same time."""
     servers = [server(scripts)]
     assert len(os.sched_getaffinity(servers[0].process.pid)) >= 2, "it may use two cores"
     alone = servers_at_work(scripts, servers)
     servers.append(server(scripts))
     together = servers_at_work(scripts, servers)
-    figures.append(f"two servers: {together / alone:.2f} times the calls of one")
+    record_property("two servers", f"{together / alone:.2f} times the calls of one")
     assert together / alone >= 1.6, (alone, together)
     done = [printed_by(each).count(" [.] fib(31)") for each in servers]
     assert sum(done) == 32, "none is done twice"

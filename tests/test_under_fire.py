@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -85,7 +85,9 @@ class Crew:
 
 
 @pytest.mark.timeout(400)  # three brokers that are slow to start
-def test_tasks_under_fire(own_broker: Broker, scripts: Scripts, figures: list[str]) -> None:
+def test_tasks_under_fire(
+    own_broker: Broker, scripts: Scripts, record_property: Callable[[str, object], None]
+) -> None:
     """Every confirmed task is done, however often workers and the broker are killed.
 
     Most tasks are published by one producer of the test's own, which sends what new_task.py sends;
@@ -182,10 +184,11 @@ def test_tasks_under_fire(own_broker: Broker, scripts: Scripts, figures: list[st
             broker_is_up.set()
             ahead.release(len(tasks))
     lost = confirmed - set(done)
-    figures.append(
-        f"tasks under fire: {len(confirmed)} confirmed, {len(done)} done, "
+    record_property(
+        "tasks under fire",
+        f"{len(confirmed)} confirmed, {len(done)} done, "
         f"{sum(times > 1 for times in done.values())} done twice, {len(lost)} lost; "
-        f"{redelivered} redelivered; {workers.killed} workers and {outages} brokers killed"
+        f"{redelivered} redelivered; {workers.killed} workers and {outages} brokers killed",
     )
     for producer in producers:
         producer.result()
@@ -220,7 +223,7 @@ with FibonacciRpcClient() as client:
 """
 
 
-def test_rpc_under_fire(scripts: Scripts, figures: list[str]) -> None:
+def test_rpc_under_fire(scripts: Scripts, record_property: Callable[[str, object], None]) -> None:
     """Every call returns the right number or raises a timeout in time, while servers are killed.
 
     A call that is given much time is always answered: what a killed server was about goes to
@@ -260,9 +263,10 @@ def test_rpc_under_fire(scripts: Scripts, figures: list[str]) -> None:
                 good = [fibonacci[n] == result for n, result in zip(numbers, results, strict=True)]
                 right += sum(good)
                 wrong += len(good) - sum(good)
-    figures.append(
-        f"RPC under fire: {right + wrong + timed_out} calls, {right} right, {timed_out} timed out, "
-        f"{wrong} wrong; {computed} computed, {servers.killed} servers killed"
+    record_property(
+        "RPC under fire",
+        f"{right + wrong + timed_out} calls, {right} right, {timed_out} timed out, "
+        f"{wrong} wrong; {computed} computed, {servers.killed} servers killed",
     )
     assert statuses == [0, 0], "\n".join(map(str, running))
     assert wrong == 0
@@ -409,7 +413,7 @@ class Target:
         return [line for c in self.consumers for line in c.err.seen if line != greeting]
 
 
-def test_hostile_input(scripts: Scripts, figures: list[str]) -> None:
+def test_hostile_input(scripts: Scripts, record_property: Callable[[str, object], None]) -> None:
     """No message brings a consumer down, makes it reconnect, or keeps it from serving the next."""
     sent = 0
     batches = 0
@@ -441,5 +445,5 @@ def test_hostile_input(scripts: Scripts, figures: list[str]) -> None:
         batches += 1
 
     attack()
-    figures.append(f"hostile input: {sent} messages to each of 4 consumers, all live")
+    record_property("hostile input", f"{sent} messages to each of 4 consumers, all live")
     assert sent >= 2000

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools import ROOT, environment
-from tools.broker import Broker, Compose
+from tools.broker import Broker, Container
 
 STAND_IN = """\
 #!/bin/sh
@@ -67,7 +67,7 @@ def stage(broker: Broker, folder: Path) -> Iterator[dict[str, str]]:
         return
     broker.api("DELETE", "vhosts/%2F")
     broker.api("PUT", "vhosts/%2F", {})
-    if isinstance(broker, Compose):
+    if isinstance(broker, Container):
         yield environment(broker.amqp_url, PATH=terminal_path(), **broker.settings)
     else:
         with docker_stand_in(broker, folder):
@@ -94,7 +94,8 @@ def docker_stand_in(broker: Broker, folder: Path) -> Iterator[None]:
     def serve() -> None:
         while asks.readline() != b"end\n":
             try:
-                broker.restart()
+                broker.stop()
+                broker.start()
                 answer = "done"
             except Exception as error:
                 answer = repr(error).replace("\n", " ")
