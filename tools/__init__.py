@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -12,5 +13,6 @@ TIMEOUT = 15  # seconds; what is waited for comes in far less, even on a busy ma
 def environment(amqp_url: str | None = None, **more: str) -> dict[str, str]:
     """Return the environment of a reader's terminal. Nothing in it flushes a script's output."""
     plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED", "AMQP_URL")}
+    plain["PATH"] = f"{Path(sys.executable).parent}:{plain['PATH']}"  # `python` is this one
     plain |= {"PYTHONUTF8": "1"} | more
     return plain | ({"AMQP_URL": amqp_url} if amqp_url else {})

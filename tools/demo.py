@@ -1,57 +1,53 @@
-"""Plays the section "Run it" of each lesson, and shows every line as it is printed.
+"""Plays the section "Run it" of each lesson, and shows every line when it comes.
 
-    python -m tools.demo [--broker auto|container|local|URL]
+    python -m tools.demo [--broker auto|container|local|URL] [--all] [LESSON ...]
 
-Exit status 1 says that a line that must come did not.
+Whoever writes a lesson checks it with `python -m tools.demo --all hello_world/README.md`. Exit
+status 1 says that what came is not what the text shows.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+import time
 from pathlib import Path
 
-from tools import environment
+from rich.console import Console
+from rich.text import Text
+
 from tools.broker import Broker, NoBroker, start
-from tools.lessons import LESSONS, LessonError, Player, console_blocks
-from tools.stage import copy_tutorial, terminal_path
+from tools.lesson import LessonError, Step, lessons, steps
+from tools.player import NeedsDocker, play
 
-SECTION = "Run it"
+COLOURS = ("green", "yellow", "blue", "magenta", "cyan")
 
-
-def say(line: str) -> None:
-    print(line, flush=True)
+console = Console(highlight=False, soft_wrap=True)  # without a terminal it prints plain text
 
 
-def play(documents: Sequence[Path], broker: Broker, say: Callable[[str], None] = say) -> None:
-    """Play the section of each document in a virtual host of its own. Raises LessonError."""
-    for document in documents:
-        story = console_blocks(document, SECTION)
-        width = max((len(block.terminal) for block in story), default=0)
+def perform(story: list[Step], broker: Broker) -> None:
+    """Play steps; show each line with its terminal, and the seconds since the first one."""
+    names = list(dict.fromkeys(step.terminal for step in story))
+    width = max(map(len, names))
+    begin = 0.0
 
-        def show(terminal: str, line: str, width: int = width) -> None:
-            say(f"{terminal:<{width}} | {line}")
+    def show(name: str, line: str) -> None:
+        nonlocal begin
+        begin = begin or time.monotonic()
+        colour = COLOURS[names.index(name) % len(COLOURS)]
+        bold = "bold" if line.startswith(("$ ", "> ", "^C")) else ""
+        terminal, seconds = f"{name:<{width}} | ", f"{time.monotonic() - begin:5.1f} s  "
+        console.print(Text.assemble((seconds, "dim"), (terminal, colour), (line, bold)))
 
-        title = re.search(r"^# +(.*\S)", document.read_text(encoding="utf-8"), re.MULTILINE)
-        say(f"\n=== {title[1] if title else document.parent.name}\n")
-        with (
-            broker.virtual_host(f"demo-{os.getpid()}") as url,
-            tempfile.TemporaryDirectory() as folder,
-            Player(
-                environment(url, PATH=terminal_path()), copy_tutorial(Path(folder)), show
-            ) as player,
-        ):
-            player.play(story)
+    play(story, broker, show)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
+    parser.add_argument("lessons", metavar="LESSON", type=Path, nargs="*")
     parser.add_argument("--broker", default="auto", metavar="auto|container|local|URL")
+    parser.add_argument("--all", action="store_true", help="play whole lessons")
     options = parser.parse_args()
 
     for number in (signal.SIGINT, signal.SIGTERM):  # a job in the background has SIGINT ignored
@@ -59,13 +55,16 @@ def main() -> None:
     broker = None
     try:
         broker = start(options.broker)
-        say(str(broker))
-        play(LESSONS, broker)
-        say("\n=== All lessons went as their texts say")
-    except NoBroker as error:
+        console.print(broker)
+        for document in options.lessons or lessons():
+            console.print(f"\n=== {document.resolve().parent.name}\n", style="bold")
+            try:
+                perform(steps(document, None if options.all else "Run it"), broker)
+            except NeedsDocker as error:
+                console.print(f"Left out: {error}")
+        console.print("\n=== All went as the texts say", style="bold")
+    except (NoBroker, LessonError) as error:
         sys.exit(f" [!] {error}")
-    except LessonError as error:
-        sys.exit(f"\n [!] The demo failed. {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

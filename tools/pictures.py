@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.scripts import Scripts
-from tools import demo
 from tools.broker import Broker, NoBroker, eventually, start
-from tools.lessons import LESSONS
+from tools.lesson import lessons, steps
+from tools.player import play
 
 FOLDER = Path(__file__).parent
 
@@ -62,7 +62,9 @@ def record_demo(broker: Broker) -> str:
     def record(text: str) -> None:
         seen.extend((time.monotonic() - begin, line) for line in text.split("\n"))
 
-    demo.play(LESSONS, broker, record)
+    for document in lessons():
+        record(f"\n=== {document.parent.name}\n")
+        play(steps(document, "Run it"), broker, lambda name, line: record(f"{name} | {line}"))
     seconds = time.monotonic() - begin + 4  # the last lines stay for a while
 
     names: list[str] = []
