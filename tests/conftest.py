@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import signal
+import textwrap
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -71,9 +72,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         items = [item for item in session.items if isinstance(item, pytest.Function)]
         documented = (each for item in items for each in (item.module, item.function))
         for each in dict.fromkeys(documented):
-            title = "" if inspect.ismodule(each) else f"  {in_words(each.__name__)}"
+            name = "" if inspect.ismodule(each) else f"  {in_words(each.__name__)}"
             print(
-                title, *(inspect.getdoc(each) or "").splitlines(), sep="\n    " if title else "\n"
+                name, textwrap.indent(inspect.getdoc(each) or "", "    " if name else ""), sep="\n"
             )
 
 

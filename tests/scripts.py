@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +22,7 @@ from tools import ROOT, TIMEOUT, environment
 class Lines:
     """The lines of a stream, read by a thread as they come."""
 
-    def __init__(self, stream: IO[bytes], echo: Callable[[str], None] | None = None) -> None:
+    def __init__(self, stream: IO[bytes], echo: Callable[[str], object]) -> None:
         self.seen: list[str] = []
         self.times: list[float] = []  # when each of them came, on the monotonic clock
         self._echo = echo
@@ -37,8 +38,7 @@ class Lines:
                 self.seen.append(text)
                 self.times.append(time.monotonic())
                 self._change.notify_all()
-            if self._echo:
-                self._echo(text)
+            self._echo(text)
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -68,44 +68,35 @@ class Script:
         command: Sequence[str | bytes | Path],
         env: dict[str, str],
         cwd: Path = ROOT,
-        echo: Callable[[str], None] | None = None,
+        echo: Callable[[str], object] = lambda _line: None,
         to_file: Path | None = None,
     ) -> None:
-        """Start a command; with `to_file` its standard output goes there, and not to `out`."""
+        """Start a command. With `to_file`, its standard output goes there and not to `out`."""
         self.name = " ".join(os.fsdecode(word) for word in command)[:200]
         self.path = Path(os.fsdecode(command[1]))  # of the script
-        file = to_file.open("wb") if to_file else None
-        self.process = subprocess.Popen(
-            command,
-            env=env,
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=file or subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        if file:
-            file.close()
+        with open(to_file or os.devnull, "wb") as file:
+            self.process = subprocess.Popen(
+                command,
+                env=env,
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=file if to_file else subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
         assert self.process.stderr
         self.out = Lines(self.process.stdout or io.BytesIO(), echo)
         self.err = Lines(self.process.stderr, echo)
+        self.expect = partial(self._expect, self.out)
+        self.expect_error = partial(self._expect, self.err)
 
     def __str__(self) -> str:
         return f"{self.name}\n  printed: {self.out.seen[-20:]}\n  complained: {self.err.seen[-20:]}"
 
-    def expect(self, line: str | re.Pattern[str], count: int = 1, timeout: float = TIMEOUT) -> None:
-        """Wait until standard output holds `line`, the whole of one, at least `count` times."""
-        self._expect(self.out, line, count, timeout)
-
-    def expect_error(
-        self, line: str | re.Pattern[str], count: int = 1, timeout: float = TIMEOUT
-    ) -> None:
-        """Wait until standard error holds `line`, the whole of one, at least `count` times."""
-        self._expect(self.err, line, count, timeout)
-
     def _expect(
-        self, stream: Lines, line: str | re.Pattern[str], count: int, timeout: float
+        self, stream: Lines, line: str | re.Pattern[str], count: int = 1, timeout: float = TIMEOUT
     ) -> None:
+        """Wait until `line` has come in this stream, as a whole line, at least `count` times."""
         pattern = re.compile(re.escape(line)) if isinstance(line, str) else line
 
         def enough(lines: list[str]) -> bool:
@@ -134,7 +125,7 @@ class Script:
 
 
 class Scripts:
-    """Starts scripts against one virtual host, and ends what still runs at last."""
+    """Starts scripts against one virtual host, and kills those that still run at the end."""
 
     def __init__(self, amqp_url: str) -> None:
         self.amqp_url = amqp_url
@@ -173,6 +164,6 @@ class Scripts:
         return ended
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill the scripts that still run."""
         for script in self.started:
             script.kill()

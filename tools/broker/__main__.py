@@ -1,9 +1,6 @@
-"""Keeps a RabbitMQ on localhost:5672 until Ctrl+C (`make broker`).
+"""The command: keeps a RabbitMQ for a reader's scripts (`make broker`), or installs what it needs.
 
-    python -m tools.broker [--broker auto|container|local] [--install]
-
-RABBITMQ_PORT and RABBITMQ_MANAGEMENT_PORT change its ports. With --install, the command installs
-rabbitmq-server if there is no other way to a broker, and ends (`make test`, `make demo`).
+RABBITMQ_PORT and RABBITMQ_MANAGEMENT_PORT change its ports.
 """
 
 from __future__ import annotations
@@ -62,9 +59,12 @@ def serve(choice: str) -> None:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m tools.broker", description=__doc__)
+    description = "Keep a RabbitMQ on localhost:5672 until Ctrl+C."
+    parser = argparse.ArgumentParser(prog="python -m tools.broker", description=description)
     parser.add_argument("--broker", default="auto", metavar="auto|container|local")
-    parser.add_argument("--install", action="store_true", help="install what it needs, no more")
+    parser.add_argument(
+        "--install", action="store_true", help="install rabbitmq-server if needed, and end"
+    )
     options = parser.parse_args()
 
     def stop(*_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from testcontainers.compose import DockerCompose
 
 from tools import ROOT
 from tools.broker.base import Broker, NoBroker, free_port
+
+logging.getLogger("testcontainers").setLevel(logging.CRITICAL)  # it also raises what it logs
 
 IMAGE = os.environ.get("RABBITMQ_IMAGE") or "rabbitmq:4.3-management"
 
@@ -77,7 +80,8 @@ class Container(Broker):
         try:
             self._compose.start()
         except subprocess.CalledProcessError as error:
-            raise NoBroker(f"docker compose failed: {error.stderr.decode().strip()}") from None
+            reason = error.stderr.decode().strip().rpartition("\n")[2]
+            raise NoBroker(f"docker compose cannot start RabbitMQ: {reason}") from None
         self.wait_until_ready()
 
     def stop(self) -> None:
