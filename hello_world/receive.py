@@ -15,8 +15,6 @@ from pika.exceptions import (
     ProbableAuthenticationError,
 )
 
-parser = argparse.ArgumentParser(description=__doc__)
-
 
 def main(channel):
     # The same declaration as in send.py: either of the two scripts may run first.
@@ -32,6 +30,9 @@ def on_message(channel, method, properties, body):
     # The body is bytes. If they are not UTF-8 text, show them as \xe9 and the like.
     text = body.decode(errors="backslashreplace")
     print(f" [x] Received '{text}'")
+
+
+parser = argparse.ArgumentParser(description=__doc__)
 
 
 # --- From here on, all consumers are the same. The end of lesson 1 (hello_world) explains it. ---

@@ -13,9 +13,6 @@ from pika.exceptions import (
     ProbableAuthenticationError,
 )
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("message", nargs="*", default=["Hello World!"], metavar="MESSAGE")
-
 
 def main():
     message = " ".join(parser.parse_args().message)
@@ -33,6 +30,10 @@ def main():
         # Wait until RabbitMQ has read all of this. If it refuses something, this raises an error.
         channel.close()
     print(f" [x] Sent '{message}'")
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("message", nargs="*", default=["Hello World!"], metavar="MESSAGE")
 
 
 # --- From here on, all producers are the same. The end of lesson 1 (hello_world) explains it. ---

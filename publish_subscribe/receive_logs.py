@@ -15,8 +15,6 @@ from pika.exceptions import (
     ProbableAuthenticationError,
 )
 
-parser = argparse.ArgumentParser(description=__doc__)
-
 
 def main(channel):
     channel.exchange_declare(exchange="logs", exchange_type="fanout")
@@ -36,6 +34,9 @@ def main(channel):
 def on_log(channel, method, properties, body):
     text = body.decode(errors="backslashreplace")
     print(f" [x] {text}")
+
+
+parser = argparse.ArgumentParser(description=__doc__)
 
 
 # --- From here on, all consumers are the same. The end of lesson 1 (hello_world) explains it. ---

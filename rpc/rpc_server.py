@@ -15,8 +15,6 @@ from pika.exceptions import (
     ProbableAuthenticationError,
 )
 
-parser = argparse.ArgumentParser(description=__doc__)
-
 
 def main(channel):
     channel.queue_declare(queue="rpc_queue", durable=True)
@@ -58,6 +56,9 @@ def fib(n):
     fib(40) takes ten seconds or more. Work of minutes needs a thread, as in lesson 2's worker.py.
     """
     return n if n < 2 else fib(n - 1) + fib(n - 2)
+
+
+parser = argparse.ArgumentParser(description=__doc__)
 
 
 # --- From here on, all consumers are the same. The end of lesson 1 (hello_world) explains it. ---

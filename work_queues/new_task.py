@@ -13,10 +13,6 @@ from pika.exceptions import (
     ProbableAuthenticationError,
 )
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("task", nargs="*", default=["Hello..."], metavar="TASK")
-parser.add_argument("--transient", action="store_true", help="a restart of RabbitMQ may lose it")
-
 
 def main():
     options = parser.parse_args()
@@ -36,6 +32,11 @@ def main():
             mandatory=True,  # it is an error if the task reaches no queue
         )
     print(f" [x] Sent '{task}'")
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("task", nargs="*", default=["Hello..."], metavar="TASK")
+parser.add_argument("--transient", action="store_true", help="a restart of RabbitMQ may lose it")
 
 
 # --- From here on, all producers are the same. The end of lesson 1 (hello_world) explains it. ---

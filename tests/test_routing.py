@@ -1,0 +1,104 @@
+"""Routing: each receiver chooses."""
+
+from __future__ import annotations
+
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel
+
+from tests.scripts import Script, Scripts
+
+WAITING = " [*] Waiting for logs. To exit press CTRL+C"
+
+
+def receiver(scripts: Scripts, *severities: str | bytes) -> Script:
+    """Start a receiver of these severities, and wait until it waits for logs."""
+    started = scripts.start("routing/receive_logs_direct.py", *severities)
+    started.expect_error(WAITING)
+    return started
+
+
+def emit(scripts: Scripts, *arguments: str | bytes) -> str:
+    """Send a log line, and return what the emitter prints."""
+    (sent,) = scripts.run("routing/emit_log_direct.py", *arguments).out.all()
+    return sent
+
+
+def test_a_receiver_gets_the_severities_that_it_names(scripts: Scripts) -> None:
+    """It gets these and no other, in the order in which they were sent."""
+    started = receiver(scripts, "warning", "error")
+    for severity in ("info", "error", "debug", "warning", "Error", "errors", "", "#", "*"):
+        emit(scripts, severity, f"a line with {severity}")
+    emit(scripts, "error", "the last")
+    started.expect(" [x] error:the last")
+    assert started.out.seen == [
+        " [x] error:a line with error",
+        " [x] warning:a line with warning",
+        " [x] error:the last",
+    ]
+
+
+def test_one_queue_may_have_several_bindings(scripts: Scripts) -> None:
+    """A log line comes once, even if its severity was named twice."""
+    started = receiver(scripts, "error", "info", "error")
+    emit(scripts, "error", "once")
+    emit(scripts, "info", "the last")
+    started.expect(" [x] info:the last")
+    assert started.out.seen == [" [x] error:once", " [x] info:the last"]
+
+
+def test_several_receivers_may_want_the_same_severity(scripts: Scripts) -> None:
+    """Each of them gets a copy."""
+    both = [receiver(scripts, "error"), receiver(scripts, "info", "error")]
+    emit(scripts, "error", "for both")
+    for each in both:
+        each.expect(" [x] error:for both")
+
+
+def test_a_severity_that_nobody_wants_is_dropped(scripts: Scripts) -> None:
+    """That is no error, whether somebody listens for other severities or nobody listens at all."""
+    assert emit(scripts) == " [x] Sent info:Hello World!"
+    started = receiver(scripts, "error")
+    assert emit(scripts, "info", "dropped,", "too") == " [x] Sent info:dropped, too"
+    emit(scripts, "error", "kept")
+    started.expect(" [x] error:kept")
+    assert started.out.seen == [" [x] error:kept"]
+
+
+def test_without_a_severity_a_receiver_prints_its_usage(scripts: Scripts) -> None:
+    """It ends with status 2."""
+    refused = scripts.run("routing/receive_logs_direct.py", status=2)
+    assert refused.err.all()[0].startswith("usage: receive_logs_direct.py ")
+
+
+@pytest.mark.parametrize("script", ["emit_log_direct.py", "receive_logs_direct.py"])
+@pytest.mark.parametrize("severity", ["错" * 86, b"caf\xe9"], ids=["258 bytes", "no UTF-8"])
+def test_a_severity_that_is_no_routing_key_is_one_line(
+    scripts: Scripts, script: str, severity: str | bytes
+) -> None:
+    """A routing key is UTF-8 text of at most 255 bytes. Other ones are refused in one line."""
+    refused = scripts.run(f"routing/{script}", severity, status=1)
+    assert refused.err.all() == [" [!] A routing key must be UTF-8 text of at most 255 bytes"]
+
+
+def test_a_severity_may_be_any_text(scripts: Scripts) -> None:
+    """Also 85 Chinese characters, which are 255 bytes."""
+    started = receiver(scripts, "错" * 85)
+    emit(scripts, "错" * 85)
+    started.expect(f" [x] {'错' * 85}:Hello World!")
+
+
+def test_the_published_scripts_may_stand_on_the_other_end(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """The exchange, the declarations and the routing keys are those of the published scripts."""
+    started = receiver(scripts, "error")
+    channel.exchange_declare(exchange="direct_logs", exchange_type="direct")
+    queue = channel.queue_declare(queue="", exclusive=True).method.queue
+    channel.queue_bind(exchange="direct_logs", queue=queue, routing_key="error")
+    channel.basic_publish(exchange="direct_logs", routing_key="error", body=b"from theirs")
+    started.expect(" [x] error:from theirs")
+    emit(scripts, "error", "from ours")
+    channel.basic_get(queue, auto_ack=True)
+    method, _properties, body = channel.basic_get(queue, auto_ack=True)
+    assert method is not None
+    assert (method.routing_key, body) == ("error", b"from ours")

@@ -1,0 +1,80 @@
+"""Send one log line to those who want logs with such a routing key."""
+
+import argparse
+import os
+import signal
+import sys
+from contextlib import suppress
+
+import pika
+from pika.exceptions import (
+    AMQPConnectionError,
+    AMQPError,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
+
+
+def main():
+    options = parser.parse_args()
+    message = " ".join(options.message)
+    with connect() as connection:
+        channel = connection.channel()
+
+        # A topic exchange compares the words of the routing key, which have dots between them,
+        # with the patterns of the bindings.
+        channel.exchange_declare(exchange="topic_logs", exchange_type="topic")
+        channel.basic_publish(
+            exchange="topic_logs", routing_key=options.routing_key, body=os.fsencode(message)
+        )
+
+        # Wait until RabbitMQ has read all of this. If it refuses something, this raises an error.
+        channel.close()
+    print(f" [x] Sent {options.routing_key}:{message}")
+
+
+def routing_key(text):
+    """Return the text, or end the script if AMQP has no room for it in a routing key."""
+    with suppress(UnicodeEncodeError):
+        if len(text.encode()) <= 255:
+            return text
+    sys.exit(" [!] A routing key must be UTF-8 text of at most 255 bytes")
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument(
+    "routing_key", type=routing_key, nargs="?", default="anonymous.info", metavar="ROUTING_KEY"
+)
+parser.add_argument("message", nargs="*", default=["Hello World!"], metavar="MESSAGE")
+
+
+# --- From here on, all producers are the same. The end of lesson 1 (hello_world) explains it. ---
+
+AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect():
+    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
+    try:
+        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+    except Exception:  # its text is not shown: it may contain the password
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    for broker in brokers:  # one by one: pika would stop at a host name that has no address
+        try:
+            return pika.BlockingConnection(broker)
+        except (ProbableAuthenticationError, ProbableAccessDeniedError):
+            raise  # wrong password, wrong virtual host
+        except Exception as error:  # one of pika's, of the socket's or of TLS
+            reason = repr(error)
+    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    try:
+        sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
+        main()
+    except (AMQPError, OSError) as error:  # OSError: the output is closed or full
+        print(f" [!] {error}", file=sys.stderr)
+        os._exit(1)  # sys.exit would try again to write what could not be written

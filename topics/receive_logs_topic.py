@@ -1,0 +1,93 @@
+"""Print each log line that fits one of these patterns, such as kern.* or #.critical."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+
+import pika
+from pika.exceptions import (
+    AMQPConnectionError,
+    AMQPError,
+    ChannelClosedByBroker,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
+
+
+def main(channel):
+    channel.exchange_declare(exchange="topic_logs", exchange_type="topic")
+
+    # A queue of our own, as in lesson 3.
+    queue = channel.queue_declare(queue="", exclusive=True).method.queue
+
+    # A binding key is a pattern: * stands for exactly one word, and # for any number of words.
+    for binding_key in options.binding_keys:
+        channel.queue_bind(queue=queue, exchange="topic_logs", routing_key=binding_key)
+    channel.basic_consume(queue=queue, on_message_callback=on_log, auto_ack=True)
+    print(" [*] Waiting for logs. To exit press CTRL+C", file=sys.stderr)
+
+
+def on_log(channel, method, properties, body):
+    text = body.decode(errors="backslashreplace")
+    print(f" [x] {method.routing_key}:{text}")
+
+
+def routing_key(text):
+    """Return the text, or end the script if AMQP has no room for it in a routing key."""
+    with suppress(UnicodeEncodeError):
+        if len(text.encode()) <= 255:
+            return text
+    sys.exit(" [!] A routing key must be UTF-8 text of at most 255 bytes")
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("binding_keys", type=routing_key, nargs="+", metavar="BINDING_KEY")
+
+
+# --- From here on, all consumers are the same. The end of lesson 1 (hello_world) explains it. ---
+
+AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect():
+    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
+    try:
+        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+    except Exception:  # its text is not shown: it may contain the password
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    for broker in brokers:  # one by one: pika would stop at a host name that has no address
+        try:
+            return pika.BlockingConnection(broker)
+        except (ProbableAuthenticationError, ProbableAccessDeniedError):
+            raise  # wrong password, wrong virtual host
+        except Exception as error:  # one of pika's, of the socket's or of TLS
+            reason = repr(error)
+    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
+
+
+if __name__ == "__main__":
+    options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
+        signal.signal(number, lambda number, frame: os._exit(0))
+    final = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
+    reported = ""
+    while True:
+        try:
+            sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
+            with connect() as connection:
+                channel = connection.channel()
+                main(channel)
+                final = OSError  # RabbitMQ has accepted all of it once: other trouble may pass
+                channel.start_consuming()
+                raise AMQPError("RabbitMQ cancelled the consumer")
+        except final as error:  # OSError: the output is closed or full
+            print(f" [!] {error}", file=sys.stderr)
+            os._exit(1)  # sys.exit would try again to write what could not be written
+        except AMQPError as error:
+            if str(error) != reported:
+                print(f" [!] {error}; trying again every second", file=sys.stderr)
+            reported = str(error)
+        time.sleep(1)
