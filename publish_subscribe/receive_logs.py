@@ -50,7 +50,7 @@ def connect():
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # its text is not shown: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: pika would stop at a host name that has no address
+    for broker in brokers:  # pika can try them all, but stops at a host name that has no address
         try:
             return pika.BlockingConnection(broker)
         except (ProbableAuthenticationError, ProbableAccessDeniedError):
@@ -64,7 +64,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
         signal.signal(number, lambda number, frame: os._exit(0))
-    final = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
+    fatal = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
     reported = ""
     while True:
         try:
@@ -72,10 +72,10 @@ if __name__ == "__main__":
             with connect() as connection:
                 channel = connection.channel()
                 main(channel)
-                final = OSError  # RabbitMQ has accepted all of it once: other trouble may pass
+                fatal = OSError  # It works. From now on, trouble with RabbitMQ may pass.
                 channel.start_consuming()
                 raise AMQPError("RabbitMQ cancelled the consumer")
-        except final as error:  # OSError: the output is closed or full
+        except fatal as error:  # an OSError: the output is closed or full
             print(f" [!] {error}", file=sys.stderr)
             os._exit(1)  # sys.exit would try again to write what could not be written
         except AMQPError as error:

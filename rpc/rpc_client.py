@@ -54,7 +54,7 @@ class FibonacciRpcClient:
         The timeout is in seconds, for all of them together. Raises TimeoutError when it is over,
         and RpcError for the first error among the answers.
         """
-        if not 0 < timeout < 2**32 / 1000:  # RabbitMQ takes no longer expiration
+        if not 0 < timeout < 2**32 / 1000:  # an expiration has 32 bits, in ms
             raise ValueError("timeout must be more than 0 and less than 4294967 seconds")
         deadline = time.monotonic() + timeout
         requests = [(str(uuid.uuid4()), n) for n in numbers]  # each with its correlation id
@@ -66,7 +66,8 @@ class FibonacciRpcClient:
             if remaining <= 0:
                 raise TimeoutError(f"No answer within {timeout:g} s")
             if sent < len(requests) and len(self.waiting) < IN_FLIGHT and not self.blocked:
-                self.send(*requests[sent], remaining)
+                correlation_id, n = requests[sent]
+                self.send(correlation_id, n, remaining)
                 sent += 1
             else:
                 self.connection.process_data_events(remaining)  # calls on_answer, if one comes
@@ -83,19 +84,20 @@ class FibonacciRpcClient:
             properties=pika.BasicProperties(
                 reply_to=self.callback_queue,
                 correlation_id=correlation_id,
-                expiration=str(int(seconds * 1000)),  # after that, no server should compute it
+                expiration=str(int(seconds * 1000)),  # then RabbitMQ drops it from the queue
                 content_type="text/plain",
             ),
             mandatory=True,  # if there is no queue, the request comes back to on_return
         )
 
     def on_answer(self, channel, method, properties, body):
-        if properties.correlation_id in self.waiting:  # not one that has its answer, or a stranger
+        # Ignore an answer that is late, and a second answer to the same request.
+        if properties.correlation_id in self.waiting:
             self.waiting.remove(properties.correlation_id)
             self.answers[properties.correlation_id] = properties.type, body
 
     def on_return(self, channel, method, properties, body):
-        properties.type = "error"
+        properties.type = "error"  # take the request that came back for its answer
         self.on_answer(
             channel, method, properties, b"there is no queue 'rpc_queue': start a server"
         )
@@ -154,7 +156,7 @@ def connect():
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # its text is not shown: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: pika would stop at a host name that has no address
+    for broker in brokers:  # pika can try them all, but stops at a host name that has no address
         try:
             return pika.BlockingConnection(broker)
         except (ProbableAuthenticationError, ProbableAccessDeniedError):
@@ -170,6 +172,6 @@ if __name__ == "__main__":
     try:
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
-    except (AMQPError, OSError) as error:  # OSError: the output is closed or full
+    except (AMQPError, OSError) as error:  # an OSError: the output is closed or full
         print(f" [!] {error}", file=sys.stderr)
         os._exit(1)  # sys.exit would try again to write what could not be written

@@ -50,7 +50,7 @@ def connect():
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # its text is not shown: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: pika would stop at a host name that has no address
+    for broker in brokers:  # pika can try them all, but stops at a host name that has no address
         try:
             return pika.BlockingConnection(broker)
         except (ProbableAuthenticationError, ProbableAccessDeniedError):
@@ -66,6 +66,6 @@ if __name__ == "__main__":
     try:
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
-    except (AMQPError, OSError) as error:  # OSError: the output is closed or full
+    except (AMQPError, OSError) as error:  # an OSError: the output is closed or full
         print(f" [!] {error}", file=sys.stderr)
         os._exit(1)  # sys.exit would try again to write what could not be written

@@ -28,7 +28,7 @@ def main(channel):
     channel.basic_consume(
         queue="task_queue", on_message_callback=on_task, auto_ack=options.auto_ack
     )
-    channel.confirm_delivery()  # for put_back
+    channel.confirm_delivery()  # put_back waits until RabbitMQ has stored the task
     print(" [*] Waiting for tasks. To exit press CTRL+C")
     if not worker.is_alive():  # it still is when the connection was lost and made again
         worker.start()
@@ -36,9 +36,9 @@ def main(channel):
 
 def on_task(channel, method, properties, body):
     if options.in_callback:
-        do_task(channel, method, properties, body)  # pika waits here, and answers no heartbeat
+        do_task(channel, method, properties, body)  # pika waits here, and sends no heartbeat
     else:
-        tasks.put((channel, method, properties, body))  # pika goes on, and answers heartbeats
+        tasks.put((channel, method, properties, body))  # pika goes on, and sends heartbeats
 
 
 def do_tasks():
@@ -90,12 +90,14 @@ worker = threading.Thread(target=do_tasks, daemon=True)
 
 
 def prefetch_count(text):
-    """Return the number if AMQP has room for it; otherwise raise ValueError."""
-    return range(65536).index(int(text))
+    """Return the number, if AMQP has room for it."""
+    if not 0 <= int(text) <= 65535:
+        raise ValueError
+    return int(text)
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--prefetch", type=prefetch_count, default=1, metavar="N", help="0: no limit")
+parser.add_argument("--prefetch", type=prefetch_count, default=1, metavar="N", help="0 is no limit")
 parser.add_argument("--auto-ack", action="store_true", help="RabbitMQ forgets a task it has sent")
 parser.add_argument("--forget-ack", action="store_true", help="never acknowledge a task")
 parser.add_argument("--in-callback", action="store_true", help="work in pika's own thread")
@@ -112,7 +114,7 @@ def connect():
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # its text is not shown: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: pika would stop at a host name that has no address
+    for broker in brokers:  # pika can try them all, but stops at a host name that has no address
         try:
             return pika.BlockingConnection(broker)
         except (ProbableAuthenticationError, ProbableAccessDeniedError):
@@ -126,7 +128,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
         signal.signal(number, lambda number, frame: os._exit(0))
-    final = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
+    fatal = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
     reported = ""
     while True:
         try:
@@ -134,10 +136,10 @@ if __name__ == "__main__":
             with connect() as connection:
                 channel = connection.channel()
                 main(channel)
-                final = OSError  # RabbitMQ has accepted all of it once: other trouble may pass
+                fatal = OSError  # It works. From now on, trouble with RabbitMQ may pass.
                 channel.start_consuming()
                 raise AMQPError("RabbitMQ cancelled the consumer")
-        except final as error:  # OSError: the output is closed or full
+        except fatal as error:  # an OSError: the output is closed or full
             print(f" [!] {error}", file=sys.stderr)
             os._exit(1)  # sys.exit would try again to write what could not be written
         except AMQPError as error:
