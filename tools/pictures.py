@@ -1,199 +1,140 @@
-"""Makes the pictures of the README and the lessons, in this folder, from what really happens.
+"""Makes the pictures of the README and of lesson 2 from what really happens.
 
+    pip install -e '.[test,pictures]' && apt-get install chromium
     python -m tools.pictures [--broker auto|container|local]
 
-`demo.svg` is a recording of the demo, at its own speed. `management.png` is RabbitMQ's management
-page while two workers work, in Chromium (Debian's package `chromium`).
+`tools/demo.svg` is a recording of the section "Run it" of lesson 2: its terminals side by side, at
+their own speed. `work_queues/management.png` is RabbitMQ's page while two workers work.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
+from contextlib import ExitStack, closing
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from tests.scripts import Scripts
+from playwright.sync_api import sync_playwright
+
+from tools import ROOT, environment
 from tools.broker import Broker, NoBroker, eventually, start
-from tools.lesson import lessons, steps
+from tools.lesson import steps
 from tools.player import play
 
-FOLDER = Path(__file__).parent
+LESSON = ROOT / "work_queues" / "README.md"
+ROWS = (("producer",), ("worker 1", "worker 2"))  # of its terminals
+COLOURS = {"producer": "#f2c14e", "worker 1": "#7fd1b9", "worker 2": "#8ab6f9"}
 
-ROWS = 26  # of the recorded terminal
-COLUMN, ROW = 8.4, 20  # pixels
-BACKGROUND = "#1d2026"
-COLOURS = ("#7fd1b9", "#f2c14e", "#8ab6f9")  # of a lesson's terminals, as they come in
+WIDTH, GAP, MARGIN, BAR = 800, 10, 12, 27  # pixels; a bar has the name of its terminal
+COLUMN, LINE = 7.9, 19  # of a character
+STILL = 5  # seconds that all lines are shown, before the recording begins again
 
-SVG = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">
-<style>
-text {{ font: 14px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre }}
-g {{ animation: roll {seconds:.1f}s step-end infinite }}
-@keyframes roll {{ {rolled} }}
-g rect {{ animation: hide {seconds:.1f}s step-end infinite }}
-@keyframes hide {{ {hidden} }}
-@media (prefers-reduced-motion) {{ g, g rect {{ animation: none }} }}
-</style>
-<rect width="{width}" height="{height}" rx="8" fill="{background}"/>
-<svg y="10" height="{view}" width="{width}">
-<g fill="#d8dbe2">
-{lines}
-<rect y="{end}" width="{width}" height="{end}" fill="{background}"/>
-</g>
-</svg>
-</svg>
+STYLE = """\
+text { font: 13px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: #d8dbe2 }
+text { white-space: pre }
+.typed { fill: #fff; font-weight: bold }
+.at { fill: #7d8496; text-anchor: end }
 """
 
 
-def record_demo(broker: Broker) -> str:
-    """Play the demo, and return a recording: an SVG in which the lines come as they came."""
-    begin = time.monotonic()
-    seen: list[tuple[float, str]] = [(0, "$ make demo")]
-
-    def record(text: str) -> None:
-        seen.extend((time.monotonic() - begin, line) for line in text.split("\n"))
-
-    for document in lessons():
-        record(f"\n=== {document.parent.name}\n")
-        play(steps(document, "Run it"), broker, lambda name, line: record(f"{name} | {line}"))
-    seconds = time.monotonic() - begin + 4  # the last lines stay for a while
-
-    names: list[str] = []
-    lines, rolled, hidden = [], [], []
-    for i, (at, line) in enumerate(seen):
-        frame = f"{100 * at / seconds:.2f}% {{{{ transform: translateY({{}}px) }}}}".format
-        rolled.append(frame(min(0, ROWS - 1 - i) * ROW))
-        hidden.append(frame((i + 1 - len(seen)) * ROW))  # a cover over the lines still to come
-        name, bar, rest = line.partition(" | ")
-        if not bar:
-            names = []  # another lesson
-            span = f'<tspan fill="#fff" font-weight="bold">{escape(line)}</tspan>'
-        else:
-            if name not in names:
-                names.append(name)
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            typed = ' fill="#fff" font-weight="bold"' if re.match(r"[$>] |\^C", rest) else ""
-            span = (
-                f'<tspan fill="{colour}">{escape(name)} |</tspan> '
-                f"<tspan{typed}>{escape(rest)}</tspan>"
-            )
-        lines.append(f'<text xml:space="preserve" x="16" y="{i * ROW + 15}">{span}</text>')
-    return SVG.format(
-        width=round(max(len(line) for _, line in seen) * COLUMN) + 32,
-        height=ROWS * ROW + 20,
-        view=ROWS * ROW,
-        seconds=seconds,
-        background=BACKGROUND,
-        end=len(seen) * ROW,
-        rolled="\n".join(rolled),
-        hidden="\n".join(hidden),
-        lines="\n".join(lines),
-    )
+def record(broker: Broker) -> list[tuple[float, str, str]]:
+    """Play the lesson, and return each line: when it came, the name of its terminal, and itself."""
+    lines: list[tuple[float, str, str]] = []
+    play(steps(LESSON, "Run it"), broker, lambda *line: lines.append((time.monotonic(), *line)))
+    begin = lines[0][0]
+    return [(at - begin, name, line) for at, name, line in lines]
 
 
-class Browser:
-    """Chromium without a window, driven through the pipes of its DevTools protocol."""
-
-    def __init__(self, width: int, height: int) -> None:
-        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        commands, self._out = os.pipe()
-        self._in, answers = os.pipe()
-        command = [
-            *("chromium", "--headless", "--no-sandbox", "--hide-scrollbars"),
-            "--remote-debugging-pipe",
-            f"--user-data-dir={self._profile.name}",
-        ]
-        # Chromium reads commands from descriptor 3, and answers on 4.
-        self._process = subprocess.Popen(
-            ["bash", "-c", f'exec 3<&{commands} 4>&{answers}; exec "$@"', "bash", *command],
-            pass_fds=(commands, answers),
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(commands)
-        os.close(answers)
-        self._answers = os.fdopen(self._in, "rb")
-        self._count = 0
-        self._session: dict[str, str] = {}
-        target = self._do("Target.createTarget", url="about:blank")["targetId"]
-        page = self._do("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = {"sessionId": page["sessionId"]}
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self._do("Emulation.setDeviceMetricsOverride", **size)
-
-    def _do(self, method: str, **parameters: object) -> Any:
-        """Send one command and return its result."""
-        self._count += 1
-        command = {"id": self._count, "method": method, "params": parameters, **self._session}
-        os.write(self._out, json.dumps(command).encode() + b"\0")
-        while True:
-            message = b""
-            while not message.endswith(b"\0"):
-                byte = self._answers.read(1)
-                if not byte:
-                    raise RuntimeError("Chromium ended")
-                message += byte
-            answer = json.loads(message[:-1])
-            if answer.get("id") == self._count:
-                return answer["result"]
-
-    def go(self, url: str) -> None:
-        """Open a page."""
-        self._do("Page.navigate", url=url)
-
-    def run(self, script: str) -> Any:
-        """Run JavaScript in the page, and return its value."""
-        result = self._do("Runtime.evaluate", expression=script, returnByValue=True)
-        return result["result"].get("value")
-
-    def screenshot(self) -> bytes:
-        """Return a picture of the page, a PNG."""
-        return base64.b64decode(self._do("Page.captureScreenshot")["data"])
-
-    def close(self) -> None:
-        """End the browser."""
-        self._process.kill()
-        self._process.wait()
-        self._profile.cleanup()
+def draw_lines(recorded: list[tuple[float, str, str]], name: str, width: int) -> list[str]:
+    """Return the rows of a terminal, as text of an SVG. A long line takes several."""
+    columns = int((width - 2 * MARGIN) / COLUMN)
+    rows: list[str] = []
+    for i, (at, terminal, line) in enumerate(recorded):
+        if terminal != name:
+            continue
+        typed = ' class="typed"' if re.match(r"[$>] |\^C", line) else ""
+        for part in re.findall(f".{{1,{columns}}}", line) or [""]:
+            place = f'y="{BAR + 22 + LINE * len(rows)}" style="animation-name: l{i}"'
+            rows.append(f'<text x="{MARGIN}" {place}{typed}>{escape(part)}</text>')
+        if len(part) < columns - 7:
+            rows[-1] += f'<text x="{width - MARGIN}" {place} class="at">{at:.1f} s</text>'
+    return rows
 
 
-def picture_management(broker: Broker) -> bytes:
-    """Return a picture of the page with the queues while two workers do the first of six tasks."""
-    scripts = Scripts(broker.amqp_url)
-    browser = Browser(width=1000, height=415)
-    try:
+def draw(recorded: list[tuple[float, str, str]]) -> str:
+    """Return an SVG that shows all lines for a while, and then each one when it came.
+
+    A program that shows no animations shows all lines.
+    """
+    seconds = STILL + recorded[-1][0]
+    frames, panes, y = "", "", 0
+    for i, (at, _, _) in enumerate(recorded):
+        hidden, shown = (f"{100 * (STILL + t) / seconds:.2f}%" for t in (0, at))
+        frames += f"@keyframes l{i} {{ {hidden} {{ opacity: 0.2 }} {shown} {{ opacity: 1 }} }}\n"
+    for row in ROWS:
+        width = (WIDTH - GAP * (len(row) - 1)) // len(row)
+        contents = {name: draw_lines(recorded, name, width) for name in row}
+        height = BAR + 18 + LINE * max(map(len, contents.values()))
+        for i, name in enumerate(row):
+            lines = "\n".join(contents[name])
+            panes += f"""\
+<g transform="translate({i * (width + GAP)} {y})" xml:space="preserve">
+<rect width="{width}" height="{height}" rx="7" fill="#3a404d"/>
+<rect width="{width}" height="{height - BAR}" rx="7" fill="#1d2026" y="{BAR}"/>
+<text x="{MARGIN}" y="18" style="fill: {COLOURS[name]}; font-weight: bold">{name}</text>
+{lines}
+</g>
+"""
+        y += height + GAP
+    return f"""\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y - GAP}" width="{WIDTH}">
+<title>A producer and two workers, each in its own terminal. The workers share the tasks.</title>
+<style>
+{STYLE}@media (prefers-reduced-motion: no-preference) {{
+text {{ animation: {seconds:.1f}s step-end infinite }}
+{frames}}}
+</style>
+{panes}</svg>
+"""
+
+
+def photograph(broker: Broker, file: Path) -> None:
+    """Take a picture of the page with the queues while two workers do the first of six tasks."""
+    with ExitStack() as stack:
+
+        def run(*command: str) -> subprocess.Popen[bytes]:
+            env, python = environment(broker.amqp_url), sys.executable
+            process = subprocess.Popen([python, *command], env=env, stdout=subprocess.DEVNULL)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
         for _ in range(2):
-            worker = scripts.start("work_queues/worker.py")
-            worker.expect(" [*] Waiting for tasks. To exit press CTRL+C")
+            run("work_queues/worker.py")
         for _ in range(6):
-            scripts.run("work_queues/new_task.py", "Long" + "." * 60)
+            run("work_queues/new_task.py", "Long" + "." * 60).wait()
 
         def counted() -> bool:
             queue = broker.api("GET", "queues/%2F/task_queue")
             return (queue["messages_ready"], queue["messages_unacknowledged"]) == (4, 2)
 
         eventually(counted, "the page's figures are those of now")
-        browser.go(broker.management_url)
-        field = "document.querySelector('input[name={}]').value = 'guest'"
-        eventually(lambda: browser.run(field.format("username")), "the page for logging in")
-        browser.run(field.format("password"))
-        browser.run("document.querySelector('input[type=submit]').click()")
-        eventually(lambda: browser.run("!!document.querySelector('#menu')"), "the first page")
-        browser.run("location.hash = '#/queues'")
-        row = r"/task_queue[^]*running\s+4\s+2\s+6/.test(document.body.innerText)"
-        eventually(lambda: browser.run(row), "the page with the queues")
-        return browser.screenshot()
-    finally:
+        chromium = stack.enter_context(sync_playwright()).chromium
+        browser = chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1000, "height": 415})
+        page.goto(broker.management_url)
+        page.fill("input[name=username]", "guest")
+        page.fill("input[name=password]", "guest")
+        page.click("input[type=submit]")
+        page.wait_for_selector("#menu")
+        page.goto(f"{broker.management_url}/#/queues")
+        page.get_by_role("row", name=re.compile(r"task_queue.*running\s+4\s+2\s+6")).wait_for()
+        page.screenshot(path=file)
         browser.close()
-        scripts.close()
 
 
 def main() -> None:
@@ -205,13 +146,11 @@ def main() -> None:
         broker = start(options.broker)
     except NoBroker as error:
         sys.exit(f" [!] {error}")
-    try:
+    with closing(broker):
         if not broker.owned:
             parser.error("argument --broker: the pictures need a broker of their own")
-        (FOLDER / "demo.svg").write_text(record_demo(broker), encoding="utf-8")
-        (FOLDER / "management.png").write_bytes(picture_management(broker))
-    finally:
-        broker.close()
+        (ROOT / "tools" / "demo.svg").write_text(draw(record(broker)), encoding="utf-8")
+        photograph(broker, LESSON.with_name("management.png"))
 
 
 if __name__ == "__main__":
