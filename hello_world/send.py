@@ -6,12 +6,7 @@ import signal
 import sys
 
 import pika
-from pika.exceptions import (
-    AMQPConnectionError,
-    AMQPError,
-    ProbableAccessDeniedError,
-    ProbableAuthenticationError,
-)
+from pika.exceptions import AMQPConnectionError, AMQPError
 
 
 def main():
@@ -50,10 +45,10 @@ def connect():
     for broker in brokers:  # pika can try them all, but stops at a host name that has no address
         try:
             return pika.BlockingConnection(broker)
-        except (ProbableAuthenticationError, ProbableAccessDeniedError):
-            raise  # wrong password, wrong virtual host
         except Exception as error:  # one of pika's, of the socket's or of TLS
             reason = repr(error)
+            if "ACCESS_REFUSED" in reason or "NOT_ALLOWED" in reason:
+                raise  # wrong password, wrong virtual host
     raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
 
 

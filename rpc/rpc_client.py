@@ -11,12 +11,7 @@ import uuid
 from contextlib import suppress
 
 import pika
-from pika.exceptions import (
-    AMQPConnectionError,
-    AMQPError,
-    ProbableAccessDeniedError,
-    ProbableAuthenticationError,
-)
+from pika.exceptions import AMQPConnectionError, AMQPError
 
 IN_FLIGHT = 100  # how many requests may wait for their answers at the same time
 
@@ -159,10 +154,10 @@ def connect():
     for broker in brokers:  # pika can try them all, but stops at a host name that has no address
         try:
             return pika.BlockingConnection(broker)
-        except (ProbableAuthenticationError, ProbableAccessDeniedError):
-            raise  # wrong password, wrong virtual host
         except Exception as error:  # one of pika's, of the socket's or of TLS
             reason = repr(error)
+            if "ACCESS_REFUSED" in reason or "NOT_ALLOWED" in reason:
+                raise  # wrong password, wrong virtual host
     raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
 
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+from pika import amqp_object, frame
 from pika.spec import Basic
 
 PUBLISH = Basic.Publish.INDEX
@@ -79,9 +80,22 @@ class Proxy:
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)
 
+    def say(self, method: amqp_object.Method) -> None:
+        """Send a method on channel 1 to each client, as if the broker had sent it."""
+        for client in self._sockets[::2]:
+            client.sendall(frame.Method(1, method).marshal())
+
+    def cut(self) -> None:
+        """Cut the connections that there are."""
+        while self._sockets:
+            self._end(self._sockets.pop())
+
     def close(self) -> None:
-        """Cut all connections."""
-        for each in [self._listener, *self._sockets]:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
+        """Cut all connections, and accept no more."""
+        self._end(self._listener)
+        self.cut()
+
+    def _end(self, its_socket: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            its_socket.shutdown(socket.SHUT_RDWR)
+        its_socket.close()

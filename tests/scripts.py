@@ -15,8 +15,33 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 from tools import ROOT, TIMEOUT, environment
+
+PRODUCERS = [
+    "hello_world/send.py",
+    "work_queues/new_task.py",
+    "publish_subscribe/emit_log.py",
+    "routing/emit_log_direct.py",
+    "topics/emit_log_topic.py",
+    "rpc/rpc_client.py",
+]
+CONSUMERS = {  # and what each of them prints when it consumes
+    "hello_world/receive.py": " [*] Waiting for messages. To exit press CTRL+C",
+    "work_queues/worker.py": " [*] Waiting for tasks. To exit press CTRL+C",
+    "publish_subscribe/receive_logs.py": " [*] Waiting for logs. To exit press CTRL+C",
+    "routing/receive_logs_direct.py": " [*] Waiting for logs. To exit press CTRL+C",
+    "topics/receive_logs_topic.py": " [*] Waiting for logs. To exit press CTRL+C",
+    "rpc/rpc_server.py": " [x] Awaiting RPC requests",
+}
+NEEDED = {  # the arguments that a script cannot do without
+    "routing/receive_logs_direct.py": ["info"],
+    "topics/receive_logs_topic.py": ["#"],
+}
+SCRIPTS = [*PRODUCERS, *CONSUMERS]
+SECRET = "s3cr3t-pässword"
+NO_BROKER = " [!] No RabbitMQ answers (docker compose up -d starts one): "
 
 
 class Lines:
@@ -69,21 +94,20 @@ class Script:
         env: dict[str, str],
         cwd: Path = ROOT,
         echo: Callable[[str], object] = lambda _line: None,
-        to_file: Path | None = None,
+        stdout: int | IO[bytes] = subprocess.PIPE,
     ) -> None:
-        """Start a command. With `to_file`, its standard output goes there and not to `out`."""
+        """Start a command. Its standard output comes in `out`, unless it is to go elsewhere."""
         self.name = " ".join(os.fsdecode(word) for word in command)[:200]
         self.path = Path(os.fsdecode(command[1]))  # of the script
-        with open(to_file or os.devnull, "wb") as file:
-            self.process = subprocess.Popen(
-                command,
-                env=env,
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=file if to_file else subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+        self.process = subprocess.Popen(
+            command,
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
         assert self.process.stderr
         self.out = Lines(self.process.stdout or io.BytesIO(), echo)
         self.err = Lines(self.process.stderr, echo)
@@ -146,12 +170,12 @@ class Scripts:
         script: str | Path,
         *arguments: str | bytes,
         amqp_url: str | None = None,
-        to_file: Path | None = None,
+        stdout: int | IO[bytes] = subprocess.PIPE,
     ) -> Script:
         """Start a script, by its path in the repository, and return it while it runs."""
         command = [sys.executable, ROOT / script, *arguments]
         env = environment(amqp_url or self.amqp_url, **self._settings)
-        started = Script(command, env, to_file=to_file)
+        started = Script(command, env, stdout=stdout)
         self.started.append(started)
         return started
 
@@ -167,3 +191,38 @@ class Scripts:
         """Kill the scripts that still run."""
         for script in self.started:
             script.kill()
+
+
+def start(scripts: Scripts, name: str, amqp_url: str | None = None) -> Script:
+    """Start a script with the arguments that it needs."""
+    return scripts.start(name, *NEEDED.get(name, []), amqp_url=amqp_url)
+
+
+def expect_waiting(script: Script, name: str, count: int = 1) -> None:
+    """Wait until a consumer says that it consumes; those of logs say so on standard error."""
+    expect = script.expect_error if "logs" in CONSUMERS[name] else script.expect
+    expect(CONSUMERS[name], count=count, timeout=30)
+
+
+def consumer(scripts: Scripts, name: str, amqp_url: str | None = None) -> Script:
+    """Start a consumer and wait until it consumes."""
+    started = start(scripts, name, amqp_url)
+    expect_waiting(started, name)
+    return started
+
+
+def one_line(script: Script) -> str:
+    """Return the one line on standard error of a script that failed, printing nothing else."""
+    assert script.wait() == 1, str(script)
+    (line,) = script.err.seen
+    assert line.startswith(" [!] ")
+    assert SECRET not in line
+    assert "guest:guest" not in line
+    return line
+
+
+def replaced(url: str, user: str = "guest:guest", port: int | None = None, path: str = "") -> str:
+    """Return an AMQP URL with another user and password, port or virtual host."""
+    parts = urlsplit(url)
+    place = f"{parts.hostname}:{port or parts.port}"
+    return parts._replace(netloc=f"{user}@{place}", path=path or parts.path).geturl()

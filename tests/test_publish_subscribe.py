@@ -82,7 +82,8 @@ def test_one_receiver_writes_to_disk_and_another_shows_the_screen(
     """Both have the same lines; the file holds them at once, even if its receiver is killed, and
     it holds logs only."""
     file = tmp_path / "logs_from_rabbit.log"
-    to_disk = scripts.start("publish_subscribe/receive_logs.py", to_file=file)
+    with file.open("wb") as disk:
+        to_disk = scripts.start("publish_subscribe/receive_logs.py", stdout=disk)
     to_disk.expect_error(WAITING)
     to_screen = receiver(scripts)
     logs = [f"info: log {i}" for i in range(5)]
@@ -126,7 +127,7 @@ def test_rabbitmqctl_shows_the_exchange_and_a_binding_for_each_receiver(
 
 def test_a_log_reaches_whatever_else_is_bound(scripts: Scripts, channel: BlockingChannel) -> None:
     """An emitter knows the exchange alone: any queue may be bound to it."""
-    channel.exchange_declare("logs", exchange_type="fanout", durable=True)
+    channel.exchange_declare("logs", exchange_type="fanout")
     channel.queue_declare("archive", durable=True)
     channel.queue_bind("archive", "logs")
     emit(scripts, "info: kept")

@@ -51,10 +51,10 @@ def take(channel: BlockingChannel, number: int) -> list[Request]:
     return requests
 
 
-def program(scripts: Scripts, *lines: str) -> Script:
+def program(scripts: Scripts, *lines: str, amqp_url: str | None = None) -> Script:
     """Start a program that uses the client as a class."""
     source = "\n".join(["from rpc_client import FibonacciRpcClient, RpcError", *lines])
-    env = environment(scripts.amqp_url, PYTHONPATH=str(ROOT / "rpc"))
+    env = environment(amqp_url or scripts.amqp_url, PYTHONPATH=str(ROOT / "rpc"))
     started = Script([sys.executable, "-c", source], env)
     scripts.started.append(started)
     return started
@@ -143,7 +143,7 @@ def test_the_client_is_a_class_for_programs_of_ones_own(scripts: Scripts) -> Non
         "            print('ValueError')",
     )
     assert ended.wait() == 0, str(ended)
-    expected = ["55 89 [2, 1, 1]", "fib(-1): not a whole number from 0 to 35", "[] 144"]
+    expected = ["55 89 [2, 1, 1]", "fib(-1): not a whole number from 0 to 40", "[] 144"]
     assert ended.out.seen == expected + ["ValueError"] * 5
     assert ended.err.seen == []
 
@@ -217,16 +217,32 @@ def test_an_answer_nobody_asked_for_is_ignored(scripts: Scripts, channel: Blocki
     assert client.err.seen == []
 
 
+NONSENSE = [
+    "thirteen",
+    "",
+    "-13",
+    "1.5",
+    " 13",
+    "9" * 5000,
+    "\uff11\uff13",
+]  # the last: fullwidth 13
+
+
 def test_an_answer_that_is_no_number_is_an_error(
     scripts: Scripts, channel: BlockingChannel
 ) -> None:
-    """An answer that is not understood is no crash of the client: one line, exit status 1."""
+    """An answer that is no number of a sane size is never taken for one: one line that shows the
+    beginning of it, exit status 1."""
     channel.queue_declare("rpc_queue", durable=True)
-    client = scripts.start("rpc/rpc_client.py", "7")
-    (request,) = take(channel, 1)
-    reply(channel, request, "thirteen")
-    assert client.wait() == 1
-    assert client.err.seen == [" [!] fib(7): thirteen"]
+    for nonsense in NONSENSE:
+        client = scripts.start("rpc/rpc_client.py", "7")
+        (request,) = take(channel, 1)
+        reply(channel, request, nonsense)
+        assert client.wait() == 1
+        (line,) = client.err.seen
+        assert line.startswith(" [!] fib(7): ")
+        assert len(line) < 500
+        assert client.out.seen == [" [x] Requesting fib(7)"]
 
 
 @contextmanager
@@ -285,32 +301,42 @@ def test_a_server_killed_while_it_computes_is_replaced(scripts: Scripts) -> None
     assert printed_by(other) == [AWAITING, " [.] fib(35)"]
 
 
-def seconds_until_timeout(scripts: Scripts) -> float:
-    """Return after how many seconds a call that is given 1.5 of them raises its timeout."""
+def seconds_of(scripts: Scripts, call: str) -> tuple[float, float]:
+    """Return after how many seconds a call raises its timeout, and how many it takes to leave."""
     ended = program(
         scripts,
         "import time",
-        "try:",
-        "    with FibonacciRpcClient() as client:",
-        "        begin = time.monotonic()",
-        "        client.call(30, timeout=1.5)",
-        "except TimeoutError:",
-        "    print(time.monotonic() - begin)",
+        "with FibonacciRpcClient() as client:",
+        "    begin = time.monotonic()",
+        "    try:",
+        f"        {call}",
+        "    except TimeoutError:",
+        "        end = time.monotonic()",
+        "print(end - begin)",
+        "print(time.monotonic() - end)",
     )
     assert ended.wait() == 0, str(ended)
-    return float(ended.out.seen[0])
+    call_took, leaving_took = map(float, ended.out.seen)
+    return call_took, leaving_took
 
 
+CALLS = ["client.call(30, timeout=1.5)", "client.call_many([5] * 50_000, timeout=1.5)"]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=["one", "50,000"])
 def test_a_call_ends_in_the_time_given_also_where_the_broker_takes_nothing(
-    own_broker: Broker, scripts: Scripts, channel: BlockingChannel
+    own_broker: Broker, scripts: Scripts, channel: BlockingChannel, call: str
 ) -> None:
-    """A broker that is short of memory reads nothing from those who publish."""
+    """A broker that is short of memory reads nothing from those who publish. A call ends in its
+    time also while it sends, and to leave the `with` block takes a second at most."""
     channel.queue_declare("rpc_queue", durable=True)
     own_broker.rabbitmqctl("set_vm_memory_high_watermark", "0.000001")
     try:
         alarms = "rabbit_alarm:get_alarms()."
         eventually(lambda: "memory" in own_broker.rabbitmqctl("eval", alarms), "it is short of it")
-        assert 1.5 <= seconds_until_timeout(scripts) < 2.5
+        call_took, leaving_took = seconds_of(scripts, call)
+        assert 1.5 <= call_took < 2.5
+        assert leaving_took < 2
     finally:
         own_broker.rabbitmqctl("set_vm_memory_high_watermark", "0.6")
 
@@ -322,11 +348,63 @@ def test_without_a_server_a_call_ends_in_the_time_given(
     channel.queue_declare("rpc_queue", durable=True)
     client = scripts.run("rpc/rpc_client.py", "--timeout", "0.5", "30", "29", status=1)
     assert client.err.seen == [" [!] No answer within 0.5 s"]
-    assert 1.5 <= seconds_until_timeout(scripts) < 2.5
+    for call in CALLS:
+        call_took, leaving_took = seconds_of(scripts, call)
+        assert 1.5 <= call_took < 2.5
+        assert leaving_took < 1
 
     late = server(scripts)
     scripts.run("rpc/rpc_client.py", "5")
     assert printed_by(late) == [AWAITING, " [.] fib(5)"]
+
+
+def test_leaving_a_client_whose_connection_is_lost_raises_nothing(scripts: Scripts) -> None:
+    """A program that has dealt with the lost connection goes on."""
+    server(scripts)
+    with closing(Proxy(scripts.amqp_url)) as proxy:
+        left = program(
+            scripts,
+            "import pika, sys",
+            "with FibonacciRpcClient() as client:",
+            "    print(client.call(10), flush=True)",
+            "    try:",
+            "        while True:",
+            "            client.call(10)",
+            "    except pika.exceptions.AMQPError:",
+            "        print('lost', flush=True)",
+            "print('left')",
+            amqp_url=proxy.url,
+        )
+        left.expect("55")
+        proxy.cut()
+        assert left.wait() == 0
+    assert left.out.seen == ["55", "lost", "left"]
+    assert left.err.seen == []
+
+
+def test_few_requests_are_in_flight(scripts: Scripts, channel: BlockingChannel) -> None:
+    """A client with many numbers sends the next request when an answer is here: no more than 100
+    of its requests wait at a time, and all of them are answered."""
+    channel.queue_declare("rpc_queue", durable=True)
+    client = program(
+        scripts,
+        "with FibonacciRpcClient() as client:",
+        "    print(sum(client.call_many([5] * 300, timeout=60)))",
+    )
+    requests = take(channel, 100)
+    assert channel.queue_declare("rpc_queue", passive=True).method.message_count == 0
+    for request in requests[:1]:
+        reply(channel, request, "5")
+    requests += take(channel, 1)
+    assert channel.queue_declare("rpc_queue", passive=True).method.message_count == 0
+    while len(requests) < 300:
+        for request in requests[-100:]:
+            reply(channel, request, "5")
+        requests += take(channel, min(100, 300 - len(requests)))
+    for request in requests[-100:]:
+        reply(channel, request, "5")
+    assert client.wait() == 0, str(client)
+    assert client.out.seen == ["1500"]
 
 
 def test_where_no_server_has_ever_run_the_client_says_so_at_once(scripts: Scripts) -> None:
@@ -339,7 +417,7 @@ def test_where_no_server_has_ever_run_the_client_says_so_at_once(scripts: Script
 BAD_INPUT = {
     "text": b"ten",
     "negative": b"-1",
-    "too large": b"36",
+    "too large": b"41",
     "far too large": b"9" * 10_000,
     "a fraction": b"1.5",
     "nothing": b"",
@@ -358,7 +436,7 @@ def test_bad_input_comes_back_as_an_error(scripts: Scripts, channel: BlockingCha
         assert properties.correlation_id == correlation_id, name
         assert properties.type == "error", name
         assert properties.content_type == "text/plain", name
-        assert answer == b"not a whole number from 0 to 35", name
+        assert answer == b"not a whole number from 0 to 40", name
     caller.request(b"10")
     ((properties, answer),) = caller.answers(1)
     assert (properties.type, properties.content_type, answer) == ("result", "text/plain", b"55")
@@ -366,12 +444,12 @@ def test_bad_input_comes_back_as_an_error(scripts: Scripts, channel: BlockingCha
     assert serving.err.seen == []
 
 
-@pytest.mark.parametrize("n", ["-1", "36"])
+@pytest.mark.parametrize("n", ["-1", "41"])
 def test_the_client_shows_the_error_of_the_server(scripts: Scripts, n: str) -> None:
     """One line on standard error, and exit status 1."""
     server(scripts)
     client = scripts.run("rpc/rpc_client.py", n, status=1)
-    assert client.err.all() == [f" [!] fib({n}): not a whole number from 0 to 35"]
+    assert client.err.all() == [f" [!] fib({n}): not a whole number from 0 to 40"]
 
 
 def test_a_request_with_no_address_is_dropped(scripts: Scripts, channel: BlockingChannel) -> None:

@@ -332,7 +332,7 @@ properties = st.fixed_dictionaries(
 def is_quick(body: bytes) -> bool:
     """Say whether the body is neither long work for a worker (dots) nor for an RPC server."""
     try:
-        return not 20 < int(body) <= 35
+        return not 20 < int(body) <= 40
     except ValueError:
         return b"." not in body
 
@@ -396,7 +396,7 @@ class Target:
             return len(answers) == 2
 
         eventually(answered, f"two answers from {self.server}")
-        assert answers == [(word, b"not a whole number from 0 to 35"), (word, b"55")]
+        assert answers == [(word, b"not a whole number from 0 to 40"), (word, b"55")]
 
     def close(self) -> None:
         """Kill the consumers, and delete their queues with what is left in them."""

@@ -215,6 +215,8 @@ def test_what_was_dealt_out_before_the_connection_was_lost(
         # The thread that sends these reads what was there before them.
         eventually(lambda: len(heartbeats) >= 3, "the worker has received all three")
     losing.expect_error(re.compile(r" \[!\] .+; trying again every second"))
+    if options:
+        losing.expect(DONE, count=3)
     losing.stop()
     assert tasks_of(losing) == tasks[: 3 if options else 1]
     assert ready(channel) == (0 if options else 3)
@@ -410,7 +412,7 @@ def test_a_task_that_reaches_no_queue_is_an_error(
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
         producer = scripts.run("work_queues/new_task.py", amqp_url=proxy.url, status=1)
     assert producer.out.all() == []
-    assert producer.err.all() == [" [!] Not sent: UnroutableError"]
+    assert producer.err.all() == [" [!] 1 unroutable message(s) returned"]
 
 
 def test_a_task_that_the_broker_rejects_is_an_error(broker: Broker, scripts: Scripts) -> None:
@@ -422,7 +424,7 @@ def test_a_task_that_the_broker_rejects_is_an_error(broker: Broker, scripts: Scr
     scripts.run("work_queues/new_task.py", "fits")
     producer = scripts.run("work_queues/new_task.py", "does not", status=1)
     assert producer.out.all() == []
-    assert producer.err.all() == [" [!] Not sent: NackError"]
+    assert producer.err.all() == [" [!] 0 message(s) NACKed"]
 
 
 def test_a_task_that_is_no_text_is_done_like_any_other(
@@ -437,15 +439,39 @@ def test_a_task_that_is_no_text_is_done_like_any_other(
     doing.expect(received("next"))
 
 
-def test_a_task_that_fails_goes_back_to_its_queue(
+def test_a_task_that_fails_neither_ends_its_worker_nor_is_lost(
     scripts: Scripts, channel: BlockingChannel, tmp_path: Path
 ) -> None:
-    """Work of one's own may raise: the worker ends then, instead of keeping the task for ever."""
+    """Work that raises is one line on standard error. The tasks behind it are done, and the task
+    is tried again, about once a second, with the properties that it had."""
     source = (ROOT / "work_queues/worker.py").read_text()
-    (tmp_path / "worker.py").write_text(source.replace("time.sleep(task", "time.sleep(-1 - task"))
-    failing = worker(scripts, script=tmp_path / "worker.py")
-    put(channel, "the task")
-    assert failing.wait() == 1
-    assert failing.err.seen[-1].startswith("ValueError")
-    doing = worker(scripts)
-    doing.expect(received("the task", redelivered=True))
+    assert source.count('time.sleep(text.count("."))') == 1
+    copy = tmp_path / "worker.py"
+    copy.write_text(source.replace('time.sleep(text.count("."))', "int(text)"))
+    failing = worker(scripts, script=copy)
+    properties = pika.BasicProperties(delivery_mode=2, message_id="its id", headers={"a": 1})
+    channel.basic_publish("", "task_queue", b"two", properties)
+    put(channel, "3", "4")
+    told = " [!] 'two' failed and will be tried again: ValueError(\"invalid literal for int() with"
+    failing.expect_error(re.compile(re.escape(told) + ".*"), count=3)
+    assert tasks_of(failing)[:4] == ["two", "3", "4", "two"]
+    assert failing.out.seen.count(DONE) == 2
+    tries = [at for at, s in zip(failing.err.times, failing.err.seen, strict=True) if told in s]
+    assert tries[2] - tries[0] >= 2, "seconds: no tight loop"
+    failing.stop()
+    eventually(lambda: ready(channel) == 1, "the task is in its queue, once")
+    method, kept, body = channel.basic_get("task_queue", auto_ack=True)
+    assert method and kept and body == b"two"  # noqa: PT018
+    assert (kept.delivery_mode, kept.message_id, kept.headers) == (2, "its id", {"a": 1})
+
+
+def test_work_in_the_callback_is_lost_on_a_task_longer_than_the_heartbeat(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """With --in-callback pika sends no heartbeats: the connection is closed, and the task, though
+    it is done, comes again."""
+    doing = worker(scripts, "--in-callback", amqp_url=f"{scripts.amqp_url}?heartbeat=1")
+    put(channel, "a long task......")
+    doing.expect(DONE)
+    doing.expect_error(re.compile(r" \[!\] .+; trying again every second"))
+    doing.expect(received("a long task......", redelivered=True))
