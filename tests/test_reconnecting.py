@@ -193,16 +193,18 @@ def test_a_worker_that_loses_its_connection_reconnects_while_it_works(scripts: S
 def test_a_connection_that_is_lost_while_it_is_made_is_no_wrong_password(scripts: Scripts) -> None:
     """A consumer that starts while RabbitMQ goes down tries again. (pika supposes that the
     password was wrong.)"""
-    refused: list[int] = []
+    losing: list[str] = []
 
     def watch(index: int, _to_broker: bool) -> bool:
-        if index == Connection.StartOk.INDEX and len(refused) < len(CONSUMERS):
-            refused.append(index)
+        if index == Connection.StartOk.INDEX and losing:
+            losing.clear()
             proxy.cut()
         return True
 
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
         for name in CONSUMERS:
+            losing.append(name)
             script = start(scripts, name, proxy.url)
             script.expect_error(LOST)
             expect_waiting(script, name)
+            script.stop()
