@@ -114,7 +114,7 @@ def connect():
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # pika can try them all, but stops at a host name that has no address
+    for broker in brokers:  # one by one: given all, pika stops at a name without an address
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
