@@ -4,7 +4,6 @@ import argparse
 import os
 import signal
 import sys
-from contextlib import suppress
 
 import pika
 from pika.exceptions import AMQPConnectionError, AMQPError
@@ -29,11 +28,10 @@ def main():
 
 
 def routing_key(text):
-    """Return the text, or end the script if it cannot be a routing key."""
-    with suppress(UnicodeEncodeError):
-        if len(text.encode()) <= 255:
-            return text
-    sys.exit(" [!] A routing key must be UTF-8 text of at most 255 bytes")
+    """Return the text, if it can be a routing key."""
+    if len(text.encode()) > 255:  # raises ValueError for bytes that are not UTF-8
+        raise argparse.ArgumentTypeError("a routing key has at most 255 bytes")
+    return text
 
 
 parser = argparse.ArgumentParser(description=__doc__)

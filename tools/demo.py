@@ -52,7 +52,7 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):  # a job in the background has SIGINT ignored
         signal.signal(number, signal.default_int_handler)
-    broker = None
+    broker, left_out = None, 0
     try:
         broker = start(options.broker)
         console.print(broker)
@@ -62,7 +62,9 @@ def main() -> None:
                 perform(steps(document, None if options.all else "Run it"), broker)
             except NeedsDocker as error:
                 console.print(f"Left out: {error}")
-        console.print("\n=== All went as the texts say", style="bold")
+                left_out += 1
+        result = "All went as the texts say" + (f"; {left_out} left out" if left_out else "")
+        console.print(f"\n=== {result}", style="bold")
     except (NoBroker, LessonError) as error:
         sys.exit(f" [!] {error}")
     except KeyboardInterrupt:

@@ -46,7 +46,7 @@ def do_tasks():
     try:
         while True:
             do_task(*tasks.get())
-    except Exception as error:  # the output is closed or full, for example
+    except BaseException as error:  # the output is closed or full, for example
         print(f" [!] {error}", file=sys.stderr)
         os._exit(1)
 
@@ -60,8 +60,8 @@ def do_task(channel, method, properties, body):
         work(text)
         print(" [x] Done")
         answer = partial(channel.basic_ack, delivery_tag=method.delivery_tag)
-    except Exception as error:
-        print(f" [!] '{text}' failed and will be tried again: {error!r}", file=sys.stderr)
+    except BaseException as error:  # SystemExit, too, which would end this thread
+        print(f" [!] '{text}' failed: {error!r}", file=sys.stderr)
         time.sleep(1)  # or a task that always fails would be tried without a pause
         answer = partial(put_back, channel, method, properties, body)
     if options.auto_ack or options.forget_ack:
@@ -78,6 +78,7 @@ def work(text):
 
 def put_back(channel, method, properties, body):
     """Send a failed task to the end of the queue, behind the tasks that wait there."""
+    properties.user_id = None  # RabbitMQ refuses the name of a user who is not the sender
     channel.basic_publish(
         exchange="", routing_key="task_queue", body=body, properties=properties, mandatory=True
     )
