@@ -139,7 +139,9 @@ def test_a_killed_leader_takes_nothing_with_it(
     was connected to the killed node goes on by itself on another one, with the task in its hands.
     So do an RPC server and a receiver of logs."""
     tasks = ["In hand...", *(f"task {n}" for n in range(10))]
-    send(scripts, tasks[0])
+    for task in tasks[:-1]:
+        send(scripts, task)
+    send(scripts, tasks[-1], "--transient")
     old = leader(cluster, amqp_url)
     urls = sorted(amqp_url.split(","), key=lambda url: url.rpartition("/")[0] not in cluster.urls[old])
     there = ",".join(urls)  # the leader's address is the first
@@ -147,9 +149,6 @@ def test_a_killed_leader_takes_nothing_with_it(
     server = started(scripts, "rpc/rpc_server.py", SERVING, there)
     logger = started(scripts, "publish_subscribe/receive_logs.py", LISTENING, there)
     worker.expect(" [x] Received 'In hand...'")
-    for task in tasks[1:-1]:
-        send(scripts, task)
-    send(scripts, tasks[-1], "--transient")
 
     killed = time.monotonic()
     cluster.kill(old)
@@ -191,7 +190,15 @@ def test_without_a_majority_no_task_is_reported_as_sent(
 
     cluster.start("rabbit1", "rabbit2")
     send(scripts, "after")
-    worker.expect(re.compile(r" \[x\] Received 'after'.*"))
+    try:
+        worker.expect(re.compile(r" \[x\] Received 'after'.*"))
+    except AssertionError:
+        import pprint
+        pprint.pprint(queue(cluster, amqp_url))
+        print(cluster.rabbitmqctl("-q","-p",amqp_url.rpartition("/")[2],"list_consumers"))
+        print(cluster.compose("exec","-T","rabbit3","rabbitmq-queues","-p",amqp_url.rpartition("/")[2],"quorum_status","task_queue"))
+        print(cluster.compose("logs","--since","1m"))
+        raise
     logger.expect_error(LISTENING, count=2)
     scripts.run("publish_subscribe/emit_log.py", "after")
     logger.expect(" [x] after")
