@@ -12,7 +12,7 @@ VENV_PYTHON = .venv/bin/python
 help:
 	@echo 'make demo      play a part of each lesson'
 	@echo 'make test      run the tests, two at a time'
-	@echo 'make test-cluster   run the tests of the cluster: three nodes in containers'
+	@echo 'make test-cluster  run the tests of lesson 9: three nodes in containers'
 	@echo 'make promises  list what the tests prove'
 	@echo 'make broker    keep a RabbitMQ on localhost:5672 until Ctrl+C'
 	@echo 'make lint      check format, style, types and the files for Docker and GitHub'
