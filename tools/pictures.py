@@ -147,15 +147,19 @@ def management_page(broker: Broker, height: int) -> Iterator[Page]:
         browser.close()
 
 
-def photograph_cluster(cluster: Cluster, file: Path) -> None:
-    """Take a picture of the page of a queue that has three members."""
+def photograph_cluster(cluster: Cluster, folder: Path) -> None:
+    """Take pictures of the table of the nodes, and of what is said about a queue with members."""
     cluster.start()
     env = environment(cluster.amqp_url)
     subprocess.run([sys.executable, "work_queues/new_task.py"], env=env, check=True)
-    with management_page(cluster, height=700) as page:
+    with management_page(cluster, height=1300) as page:
+        page.get_by_text("Uptime").wait_for()
+        page.wait_for_function("!document.body.innerText.includes('not available')")
+        page.locator("table.list", has_text="rabbit@rabbit3").first.screenshot(
+            path=folder / "nodes.png"
+        )
         page.goto(f"{cluster.management_url}/#/queues/%2F/task_queue")
-        page.get_by_text("rabbit@rabbit3").first.wait_for()
-        page.screenshot(path=file)
+        page.locator("table.facts", has_text="Members").first.screenshot(path=folder / "queue.png")
 
 
 def main() -> None:
@@ -165,7 +169,7 @@ def main() -> None:
 
     if options.broker == "cluster":
         with closing(Cluster()) as cluster:
-            photograph_cluster(cluster, ROOT / "cluster" / "management.png")
+            photograph_cluster(cluster, ROOT / "cluster")
         return
     try:
         broker = start(options.broker)
