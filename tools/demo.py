@@ -41,7 +41,7 @@ def perform(story: list[Step], broker: Broker) -> None:
         terminal, seconds = f"{name:<{width}} | ", f"{time.monotonic() - begin:5.1f} s  "
         console.print(Text.assemble((seconds, "dim"), (terminal, colour), (line, bold)))
 
-    play(story, broker, show)
+    play(story, broker, show, timeout=60)  # a cluster needs a while to start
 
 
 def main() -> None:
