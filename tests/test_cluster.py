@@ -53,18 +53,11 @@ def containers(pytestconfig: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="module")
-def running(containers: None) -> Iterator[Cluster]:  # noqa: ARG001
+def cluster(containers: None) -> Iterator[Cluster]:  # noqa: ARG001
     """The cluster of all tests of this file."""
-    with closing(Cluster()) as cluster:
-        cluster.start()
-        yield cluster
-
-
-@pytest.fixture
-def cluster(running: Cluster) -> Iterator[Cluster]:
-    """The cluster with all of its nodes, also after a test that failed."""
-    yield running
-    running.start()
+    with closing(Cluster()) as started:
+        started.start()
+        yield started
 
 
 @pytest.fixture
@@ -77,6 +70,7 @@ def amqp_url(
     record_property("broker", str(cluster))
     with cluster.virtual_host(f"{request.node.name[:100]}-{os.getpid()}") as urls:
         yield urls
+        cluster.start()  # what the test has killed
 
 
 def queue(cluster: Cluster, amqp_url: str) -> dict[str, Any]:
@@ -255,10 +249,12 @@ def test_a_cluster_under_fire(
     tasks = {f"task {n}" for n in range(500)}
     confirmed: set[str] = set()
     done: Counter[str] = Counter()
+    ready = threading.Semaphore(0)  # how many tasks may be sent, so that some are left for later
     over = threading.Event()
 
     def produce(mine: list[str]) -> None:
         for task in mine:
+            ready.acquire()
             while task not in confirmed and not over.is_set():
                 sender = scripts.start("work_queues/new_task.py", task)
                 sender.wait()
@@ -286,6 +282,8 @@ def test_a_cluster_under_fire(
     killed: list[float] = []
 
     def strike(how: Callable[..., None], *nodes: str) -> None:
+        ready.release(28)
+        until_done(len(done) + 8)
         killed.append(time.monotonic())
         how(*nodes)
         if len(nodes) == 1:
@@ -302,14 +300,15 @@ def test_a_cluster_under_fire(
         ordered = sorted(tasks)
         producers = [threads.submit(produce, ordered[part::2]) for part in range(2)]
         try:
-            until_done(10)
             for n in range(15):
                 strike(cluster.stop if n % 4 == 3 else cluster.kill, rng.choice(list(cluster.urls)))
                 if n in (4, 9):
                     strike(cluster.kill, *rng.sample(list(cluster.urls), 2))
+            ready.release(len(tasks))
             until_done(len(tasks))
         finally:
             over.set()
+            ready.release(len(tasks))
     for producer in producers:
         producer.result()
 
