@@ -25,7 +25,7 @@ from tools.broker import Cluster, container_problem, eventually, virtual_host_of
 from tools.lesson import steps
 from tools.player import play
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 WAITING = " [*] Waiting for tasks. To exit press CTRL+C"
 SERVING = " [x] Awaiting RPC requests"
