@@ -295,7 +295,8 @@ def test_sending_back_loses_nothing_when_it_is_killed(
     assert size(channel, "tasks") == copies
     properties = channel.basic_get("tasks")[1]
     assert properties
-    assert properties.headers == {}  # the count starts anew
+    assert not own(properties)["headers"]
+    assert failures_of(properties) == []  # the count starts anew
 
 
 def test_without_a_worker_there_are_no_queues(scripts: Scripts) -> None:
@@ -527,7 +528,7 @@ def test_failing_tasks_under_fire(
     for _ in range(20):  # so many tasks are ahead of the workers
         send(next(waiting))
     lines = outages = 0
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
             number, line = workers.lines.get(timeout=1)
