@@ -528,7 +528,7 @@ def test_failing_tasks_under_fire(
     for _ in range(20):  # so many tasks are ahead of the workers
         send(next(waiting))
     lines = outages = 0
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         try:
             number, line = workers.lines.get(timeout=1)
