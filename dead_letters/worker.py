@@ -34,15 +34,13 @@ def declare_queues(channel):
     # Tasks wait here for a worker. One that has come back three times, because its worker died,
     # is a dead letter: RabbitMQ moves it to 'tasks.parked'.
     limit = {"x-delivery-limit": 2}  # it is delivered again this many times
-    channel.queue_declare(
-        queue="tasks", durable=True, arguments=dead_letters_to("tasks.parked") | limit
-    )
+    arguments = dead_letters_to("tasks.parked") | limit
+    channel.queue_declare(queue="tasks", durable=True, arguments=arguments)
     # Failed tasks wait here for three seconds. Then they are dead letters, too: RabbitMQ moves them
     # back to 'tasks'.
     delay = {"x-message-ttl": 3000}  # milliseconds
-    channel.queue_declare(
-        queue="tasks.retry", durable=True, arguments=dead_letters_to("tasks") | delay
-    )
+    arguments = dead_letters_to("tasks") | delay
+    channel.queue_declare(queue="tasks.retry", durable=True, arguments=arguments)
     # Here, tasks wait for a human. Each look at them is a delivery, so the limit must be high.
     no_limit = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000}
     channel.queue_declare(queue="tasks.parked", durable=True, arguments=no_limit)
