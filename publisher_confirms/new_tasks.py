@@ -3,6 +3,7 @@
 import argparse
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -11,15 +12,7 @@ from itertools import takewhile
 
 import pika
 from pika.adapters.select_connection import IOLoop
-from pika.exceptions import (
-    AMQPConnectionError,
-    AMQPError,
-    ChannelClosedByBroker,
-    ProbableAccessDeniedError,
-    ProbableAuthenticationError,
-)
-
-REFUSED = (ChannelClosedByBroker, ProbableAccessDeniedError, ProbableAuthenticationError)
+from pika.exceptions import AMQPConnectionError, AMQPError, ChannelClosedByBroker
 
 
 def main():
@@ -97,10 +90,9 @@ class Publisher:
             custom_ioloop=self.ioloop,
         )
         self.ioloop.start()  # until on_close stops it
-        if isinstance(self.error, REFUSED) and not self.worked:
-            raise self.error
-        if isinstance(self.error, ChannelClosedByBroker) and self.error.reply_code == 406:
-            raise AMQPError(f"{self.error}. {self.how_far()}")  # a task is too large, perhaps
+        if isinstance(self.error, ChannelClosedByBroker) and self.error.reply_code in (403, 406):
+            # RabbitMQ will never accept this: a task that is too large, for example.
+            raise AMQPError(f"{self.error}. {self.how_far()}")
 
     def on_open(self, connection):
         connection.add_on_connection_blocked_callback(self.on_blocked)
@@ -191,9 +183,10 @@ class Publisher:
             channel.connection.close()
 
     def on_open_error(self, connection, reason):
-        if not isinstance(reason, REFUSED):
-            hint = "No RabbitMQ answers (docker compose up -d starts one)"
-            reason = AMQPConnectionError(f"{hint}: {reason!r}")
+        if not re.search("ACCESS_REFUSED|NOT_ALLOWED", repr(reason)):  # password, virtual host
+            reason = AMQPConnectionError(
+                f"No RabbitMQ answers (docker compose up -d starts one): {reason!r}"
+            )
         self.on_close(connection, reason)
 
     def on_close(self, connection, reason):
@@ -243,7 +236,7 @@ class Publisher:
     def on_signal(self, number, frame):
         """Say how far we are, and end."""
         for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)  # a second signal ends us at once
+            signal.signal(each, signal.SIG_IGN)  # we are about to end
         # Nobody may be reading our output. Then print() waits forever, but only in its thread.
         text = f"Stopped. {self.how_far()}"
         telling = threading.Thread(target=self.report, args=[text], daemon=True)
