@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -169,15 +168,15 @@ def test_the_window_is_never_exceeded(scripts: Scripts, tmp_path: Path, window: 
         return True
 
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
-        arguments = ("--window", str(window), numbered_lines(tmp_path, 300))
+        arguments = ("--window", str(window), numbered_lines(tmp_path, 3 * window))
         script = scripts.start(NEW_TASKS, *arguments, amqp_url=f"{proxy.url}?heartbeat=1")
         # The first two are the content of the last task: its frames are no methods, either.
         eventually(lambda: heartbeats > 5, "it waits, and sends heartbeats meanwhile")
         assert published == window
         may_confirm.set()
         assert script.wait() == 0
-    assert script.out.seen == [sent(300)]
-    assert published == 300
+    assert script.out.seen == [sent(3 * window)]
+    assert published == 3 * window
 
 
 def test_one_confirm_may_be_for_several_tasks(scripts: Scripts, tmp_path: Path) -> None:
@@ -366,8 +365,8 @@ def peak_memory(scripts: Scripts, channel: BlockingChannel, folder: Path, count:
     folder.mkdir()
     pipe = Pipe(folder)
     script = scripts.start(NEW_TASKS, "--window", "100", pipe.path)
-    for _ in range(count // 1000):
-        pipe.write((b"x" * 199 + b"\n") * 1000)
+    for _ in range(count // 500):
+        pipe.write((b"x" * 199 + b"\n") * 500)
     eventually(lambda: ready(channel) == count, "all tasks arrive")
     status = Path(f"/proc/{script.process.pid}/status").read_text()
     pipe.close()
@@ -383,11 +382,11 @@ def test_memory_does_not_grow_with_the_number_of_tasks(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Twenty times as many lines, of 20 MB together, need no more memory."""
+    """Twenty times as many lines, of 10 MB together, need no more memory."""
     channel.queue_declare("task_queue", durable=True)
-    few = peak_memory(scripts, channel, tmp_path / "few", 5_000)
-    many = peak_memory(scripts, channel, tmp_path / "many", 100_000)
-    record_property("memory for 5,000 and for 100,000 tasks", f"{few} kB, {many} kB")
+    few = peak_memory(scripts, channel, tmp_path / "few", 2_500)
+    many = peak_memory(scripts, channel, tmp_path / "many", 50_000)
+    record_property("memory for 2,500 and for 50,000 tasks", f"{few} kB, {many} kB")
     assert many < few + 4_000
 
 
@@ -483,7 +482,7 @@ def test_it_is_twenty_times_as_fast_as_one_confirm_at_a_time(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """With the default window of 1000. Both are persistent and mandatory, and take turns."""
+    """With the default window of 1000. Both are persistent and mandatory, and take turns; the best of three rounds."""
     path = numbered_lines(tmp_path, 40_000)
     scripts.run(NEW_TASKS)
     connection = pika.BlockingConnection(pika.URLParameters(scripts.amqp_url))
@@ -507,12 +506,13 @@ def test_it_is_twenty_times_as_fast_as_one_confirm_at_a_time(
         scripts.run(NEW_TASKS, path)
         return (time.monotonic() - begin) / 40_000
 
-    slow, fast = zip(*((seconds_for_one(), seconds_of_the_script()) for _ in range(3)), strict=True)
-    ratio = statistics.median(slow) / statistics.median(fast)
+    rounds = [(seconds_for_one(), seconds_of_the_script()) for _ in range(3)]
+    slow, fast = (min(seconds) for seconds in zip(*rounds, strict=True))
+    ratio = slow / fast
     record_property(
         "publishing one confirm at a time, and with a window of 1000",
-        f"{1 / statistics.median(slow):.0f} and {1 / statistics.median(fast):.0f} tasks/s "
-        f"(the latter with the start of the script): {ratio:.0f} times",
+        f"{1 / slow:.0f} and {1 / fast:.0f} tasks/s (the latter with the start of the script): "
+        f"{ratio:.0f} times",
     )
     connection.close()
     assert ratio >= 20
