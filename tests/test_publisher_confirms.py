@@ -482,7 +482,7 @@ def test_it_is_twenty_times_as_fast_as_one_confirm_at_a_time(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """With the default window of 1000. Both are persistent and mandatory, and take turns; the best of three rounds."""
+    """With the default window of 1000. They take turns, and the best of three rounds counts."""
     path = numbered_lines(tmp_path, 40_000)
     scripts.run(NEW_TASKS)
     connection = pika.BlockingConnection(pika.URLParameters(scripts.amqp_url))
