@@ -218,18 +218,19 @@ class Publisher:
         if self.shows_progress:
             confirmed = self.taken - self.in_window()
             rate = confirmed / (time.monotonic() - self.begin)
-            line = f"\r [.] {confirmed} confirmed, {rate:.0f} per second"
-            print(line, end="", file=sys.stderr, flush=True)
+            line = f" [.] {confirmed} confirmed, {rate:.0f} per second"
+            print(line, end="\r", file=sys.stderr, flush=True)  # the next line takes its place
             self.ioloop.call_later(0.1, self.show_progress)
 
     def report(self, text):
         if text != self.reported:
-            print("\n" * self.shows_progress + f" [!] {text}", file=sys.stderr)
+            print(f" [!] {text}", file=sys.stderr)
         self.reported = text
 
     def finish(self):
         self.show_progress()
-        print("\n" * self.shows_progress, end="", file=sys.stderr)
+        if self.shows_progress:
+            print(file=sys.stderr)
         if self.sent_twice:
             self.report(f"{self.sent_twice} tasks were sent again, and may be in the queue twice")
 

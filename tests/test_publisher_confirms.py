@@ -405,12 +405,12 @@ def test_progress_is_shown_on_a_terminal_alone(scripts: Scripts, tmp_path: Path)
     """One line, which is written anew: how many are confirmed, and how many a second."""
     path = numbered_lines(tmp_path, 20_000)
     shown = on_a_terminal(scripts, path)
-    progress = re.findall(r"\r \[\.\] (\d+) confirmed, \d+ per second", shown)
+    progress = re.findall(r" \[\.\] (\d+) confirmed, \d+ per second\r", shown)
     assert len(progress) >= 3
     assert progress == sorted(progress, key=int)
     assert progress[-1] == "20000"
     assert shown.count("\n") == 2
-    assert shown.endswith(f"per second\r\n{sent(20_000)}\r\n")
+    assert shown.endswith(f"per second\r\r\n{sent(20_000)}\r\n")
     script = scripts.run(NEW_TASKS, path)
     assert (script.out.seen, script.err.seen) == ([sent(20_000)], [])
 
