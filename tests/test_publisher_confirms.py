@@ -329,10 +329,10 @@ def test_three_kills_of_the_broker_lose_no_task(
     twice = len(tasks) - len(set(tasks))
     record_property(
         "100,000 tasks and three killed brokers",
-        f"{len(missing)} lost, {again} sent again, {twice} of them twice in the queue",
+        f"{len(missing)} lost, {again} sent again, and {twice} of these are in the queue twice",
     )
     assert not missing
-    assert twice <= again <= 3 * 1000
+    assert twice < again <= 3 * 1000  # without confirms, what is in between would be lost
 
 
 def test_the_back_pressure_of_the_broker_stops_the_reading(
