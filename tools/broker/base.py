@@ -88,10 +88,10 @@ class Broker:
         return answer.json() if answer.content else None
 
     @contextlib.contextmanager
-    def virtual_host(self, name: str) -> Iterator[str]:
+    def virtual_host(self, name: str, **settings: str) -> Iterator[str]:
         """Make a virtual host, yield its AMQP URL, and delete it with all that is in it."""
         name = quote(name, safe="")
-        self.api("PUT", f"vhosts/{name}", {})
+        self.api("PUT", f"vhosts/{name}", settings)
         try:
             yield urlsplit(self.amqp_url)._replace(path=f"/{name}").geturl()
         finally:
