@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from itertools import takewhile
 
 import pika
@@ -27,9 +28,9 @@ def main():
 class Publisher:
     """Sends the lines of a file as tasks, and keeps each task until RabbitMQ has confirmed it.
 
-    A task is the number of its line, and the line. It comes from the file into `lines`, moves on
-    to `unconfirmed` when it is sent, and is forgotten when it is confirmed. A task that must be
-    sent again waits in `again`.
+    A task is the number of its line, and the line. It comes from the file into `lines`, moves to
+    `unconfirmed` when it is sent, and is forgotten when it is confirmed. If it must be sent again,
+    it waits in `again`.
     """
 
     def __init__(self, file, window):
@@ -37,10 +38,10 @@ class Publisher:
         self.window = window  # how many tasks there may be in `unconfirmed` and `again` together
         self.lines = queue.Queue(maxsize=window)
         self.unconfirmed = {}  # by delivery tag, in the order in which they were sent
-        self.again = []
+        self.again = deque()
         self.taken = 0  # how many tasks have left `lines`
-        self.ended = False  # no more will come
-        self.sent_twice = 0
+        self.ended = False  # no more tasks will come
+        self.resent = 0  # how many tasks were sent again after a connection was lost
         self.ioloop = IOLoop()  # waits for RabbitMQ, and calls our methods when something happens
         self.channel = None
         self.worked = False  # RabbitMQ has accepted our connection and our queue
@@ -129,8 +130,8 @@ class Publisher:
 
     def send_again(self):
         while self.again and self.is_open():
-            self.publish(self.again[-1])
-            self.again.pop()
+            self.publish(self.again[0])
+            self.again.popleft()
 
     def publish(self, task):
         _number, line = task
@@ -191,7 +192,7 @@ class Publisher:
 
     def on_close(self, connection, reason):
         self.error = self.error or reason
-        self.sent_twice += len(self.unconfirmed)  # perhaps only their confirms were lost
+        self.resent += len(self.unconfirmed)  # perhaps only their confirms were lost
         self.again += self.unconfirmed.values()
         self.unconfirmed.clear()
         self.ioloop.stop()
@@ -231,8 +232,8 @@ class Publisher:
         self.show_progress()
         if self.shows_progress:
             print(file=sys.stderr)
-        if self.sent_twice:
-            self.report(f"{self.sent_twice} tasks were sent again, and may be in the queue twice")
+        if self.resent:
+            self.report(f"{self.resent} tasks were sent again, and may be in the queue twice")
 
     def on_signal(self, number, frame):
         """Say how far we are, and end."""
