@@ -78,7 +78,7 @@ class Publisher:
         if self.lines.qsize() == 1:  # it was empty: pika's thread may be waiting for this task
             self.ioloop.add_callback_threadsafe(self.send)
 
-    # --- The connection: all that follows runs in pika's thread ---
+    # --- All that follows runs in pika's thread ---
 
     def use(self, broker):
         """Send tasks over a connection to this broker, until all are confirmed or it is lost."""
@@ -159,7 +159,9 @@ class Publisher:
         self.send()
 
     def on_reject(self, tasks):
-        self.report("The queue rejects tasks, as if it were full; trying again every second")
+        self.report(
+            "The queue rejects tasks, perhaps because it is full; trying again every second"
+        )
         if not self.again:
             self.ioloop.call_later(1, self.send_again)
         self.again += tasks
@@ -209,10 +211,12 @@ class Publisher:
     # --- What it tells you on standard error ---
 
     def how_far(self):
-        numbers = [number for number, line in [*self.unconfirmed.values(), *self.again]]
+        # A signal may come at any moment. Then a task is perhaps in two places, or not yet counted.
+        waiting = {number for number, _line in [*self.unconfirmed.values(), *self.again]}
+        taken = max([self.taken, *waiting])
         return (
-            f"{self.taken - len(numbers)} tasks are confirmed. "
-            f"The first line that is not confirmed is line {min(numbers, default=self.taken + 1)}"
+            f"{taken - len(waiting)} tasks are confirmed. "
+            f"The first line that is not confirmed is line {min(waiting, default=taken + 1)}"
         )
 
     def show_progress(self):
@@ -260,7 +264,7 @@ parser.add_argument(
 )
 
 
-# --- From here on, it is as in all producers. The end of lesson 1 (hello_world) explains it. ---
+# --- From here on, it is almost as in all producers. Lesson 1 (hello_world) explains it. ---
 
 AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 

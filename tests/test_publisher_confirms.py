@@ -27,7 +27,7 @@ from tools.broker import Broker, eventually, free_port, virtual_host_of
 
 NEW_TASKS = "publisher_confirms/new_tasks.py"
 LOST = re.compile(r" \[!\] .+; trying again every second")
-REJECTED = " [!] The queue rejects tasks, as if it were full; trying again every second"
+REJECTED = " [!] The queue rejects tasks, perhaps because it is full; trying again every second"
 NO_MEMORY = " [!] RabbitMQ is short of memory or disk space, and takes no tasks until it has more"
 NODE_WITHOUT_ADDRESS = "amqp://guest:guest@nowhere.invalid:5672/%2F"
 
