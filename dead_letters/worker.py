@@ -79,11 +79,12 @@ def do_task(channel, method, properties, body):
     print(f" [x] Received '{text}'" + (" (redelivered)" if method.redelivered else ""))
     try:
         work(text)
-        print(" [x] Done")
-        answer = partial(channel.basic_ack, delivery_tag=method.delivery_tag)
     except BaseException as error:  # SystemExit, too, which would end this thread
         reason = f"{error!r:.200}"
         answer = partial(put_aside, channel, method, properties, body, reason)
+    else:
+        print(" [x] Done")
+        answer = partial(channel.basic_ack, delivery_tag=method.delivery_tag)
     with suppress(AMQPError):  # if the connection is lost, the task is in its queue again
         # Only pika's thread may use the channel. This asks it to make the call.
         channel.connection.add_callback_threadsafe(answer)
@@ -101,7 +102,6 @@ def put_aside(channel, method, properties, body, reason):
     now = time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime())
     failures = [*as_list(headers.get("failures")), f"{now} {reason}"]  # one for each failed try
     properties.headers = headers | {"failures": failures}
-    properties.user_id = None  # RabbitMQ refuses the name of a user who is not the sender
     where = "tasks.retry" if len(failures) < options.tries else "tasks.parked"
     channel.basic_publish(
         exchange="", routing_key=where, body=body, properties=properties, mandatory=True

@@ -503,6 +503,7 @@ def test_failing_tasks_under_fire(
     workers = Crew(scripts, 4, str(worker_that(FAILING_WORK, tmp_path)))
     for member in workers.members:
         member.expect(WAITING, timeout=30)
+    own_broker.sync()
     in_hand: dict[int, str] = {}
     tries: Counter[str] = Counter()
     done: Counter[str] = Counter()

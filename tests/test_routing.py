@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from pika.adapters.blocking_connection import BlockingChannel
 
 from tests.scripts import Script, Scripts
 
@@ -84,20 +83,3 @@ def test_a_severity_may_be_any_text(scripts: Scripts) -> None:
     started = receiver(scripts, "错" * 85)
     emit(scripts, "错" * 85)
     started.expect(f" [x] {'错' * 85}:Hello World!")
-
-
-def test_the_published_scripts_may_stand_on_the_other_end(
-    scripts: Scripts, channel: BlockingChannel
-) -> None:
-    """The exchange, the declarations and the routing keys are those of the published scripts."""
-    started = receiver(scripts, "error")
-    channel.exchange_declare(exchange="direct_logs", exchange_type="direct")
-    queue = channel.queue_declare(queue="", exclusive=True).method.queue
-    channel.queue_bind(exchange="direct_logs", queue=queue, routing_key="error")
-    channel.basic_publish(exchange="direct_logs", routing_key="error", body=b"from theirs")
-    started.expect(" [x] error:from theirs")
-    emit(scripts, "error", "from ours")
-    channel.basic_get(queue, auto_ack=True)
-    method, _properties, body = channel.basic_get(queue, auto_ack=True)
-    assert method is not None
-    assert (method.routing_key, body) == ("error", b"from ours")

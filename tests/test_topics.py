@@ -83,19 +83,3 @@ def test_without_a_pattern_a_receiver_prints_its_usage(scripts: Scripts) -> None
     """It ends with status 2."""
     refused = scripts.run("topics/receive_logs_topic.py", status=2)
     assert refused.err.all()[0].startswith("usage: receive_logs_topic.py ")
-
-
-def test_the_published_scripts_may_stand_on_the_other_end(
-    scripts: Scripts, channel: BlockingChannel
-) -> None:
-    """The exchange, the declarations and the routing keys are those of the published scripts."""
-    started = receiver(scripts, "kern.*")
-    channel.exchange_declare(exchange="topic_logs", exchange_type="topic")
-    queue = channel.queue_declare(queue="", exclusive=True).method.queue
-    channel.queue_bind(exchange="topic_logs", queue=queue, routing_key="*.critical")
-    channel.basic_publish(exchange="topic_logs", routing_key="kern.info", body=b"from theirs")
-    started.expect(" [x] kern.info:from theirs")
-    scripts.run("topics/emit_log_topic.py", "kern.critical", "from ours")
-    method, _properties, body = channel.basic_get(queue, auto_ack=True)
-    assert method is not None
-    assert (method.routing_key, body) == ("kern.critical", b"from ours")

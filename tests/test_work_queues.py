@@ -300,8 +300,7 @@ def test_a_broker_restart_keeps_what_is_durable_and_persistent(
     channel.confirm_delivery()
     channel.basic_publish("", "not durable", b"", pika.BasicProperties(delivery_mode=2), True)
 
-    # Mnesia, where RabbitMQ kept its declarations before Khepri, writes them a little later.
-    own_broker.rabbitmqctl("eval", "catch mnesia:sync_log().")
+    own_broker.sync()
     getattr(own_broker, end)()
     own_broker.start()
 

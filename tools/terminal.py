@@ -54,7 +54,8 @@ class Terminal:
         ends = (PROMPT, "\r\n", pexpect.TIMEOUT, pexpect.EOF)
         while (end := self._bash.expect_exact(ends, timeout=0)) < 2:
             self.at_prompt |= end == 0
-            line = str(self._bash.before).rstrip("\r")
+            # A line that was written anew, from its beginning, shows what was written last.
+            line = str(self._bash.before).rstrip("\r").rpartition("\r")[2]
             # A prompt ends a line, too. After Ctrl+C bash ends the line that would show ^C.
             if line or (end == 1 and not self._interrupted):
                 self._interrupted = False

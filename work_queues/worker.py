@@ -58,12 +58,13 @@ def do_task(channel, method, properties, body):
     print(f" [x] Received '{text}'" + (" (redelivered)" if method.redelivered else ""))
     try:
         work(text)
-        print(" [x] Done")
-        answer = partial(channel.basic_ack, delivery_tag=method.delivery_tag)
     except BaseException as error:  # SystemExit, too, which would end this thread
         print(f" [!] '{text}' failed: {error!r}", file=sys.stderr)
         time.sleep(1)  # or a task that always fails would be tried without a pause
         answer = partial(put_back, channel, method, properties, body)
+    else:
+        print(" [x] Done")
+        answer = partial(channel.basic_ack, delivery_tag=method.delivery_tag)
     if options.auto_ack or options.forget_ack:
         return
     with suppress(AMQPError):  # if the connection is lost, the task is in its queue again

@@ -1,0 +1,288 @@
+"""Send each line of a file, or of standard input, as a task to the queue 'task_queue'."""
+
+import argparse
+import os
+import queue
+import re
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from itertools import takewhile
+
+import pika
+from pika.adapters.select_connection import IOLoop
+from pika.exceptions import AMQPConnectionError, AMQPError, ChannelClosedByBroker
+
+
+def main():
+    options = parser.parse_args()
+    publisher = Publisher(open(options.file, "rb"), options.window)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, publisher.on_signal)
+    publisher.run()
+    print(f" [x] Sent {publisher.taken} tasks")
+
+
+class Publisher:
+    """Sends the lines of a file as tasks, and keeps each task until RabbitMQ has confirmed it.
+
+    A task is the number of its line, and the line. It comes from the file into `lines`, moves to
+    `unconfirmed` when it is sent, and is forgotten when it is confirmed. If it must be sent again,
+    it waits in `again`.
+    """
+
+    def __init__(self, file, window):
+        self.file = file
+        self.window = window  # how many tasks there may be in `unconfirmed` and `again` together
+        self.lines = queue.Queue(maxsize=window)
+        self.unconfirmed = {}  # by delivery tag, in the order in which they were sent
+        self.again = deque()
+        self.taken = 0  # how many tasks have left `lines`
+        self.ended = False  # no more tasks will come
+        self.resent = 0  # how many tasks were sent again after a connection was lost
+        self.ioloop = IOLoop()  # waits for RabbitMQ, and calls our methods when something happens
+        self.channel = None
+        self.worked = False  # RabbitMQ has accepted our connection and our queue
+        self.reported = ""
+        self.begin = time.monotonic()
+        self.shows_progress = os.isatty(2) and not file.isatty()
+
+    def run(self):
+        """Send all tasks, over as many connections as that takes. Raises AMQPError."""
+        threading.Thread(target=self.read, daemon=True).start()
+        self.show_progress()
+        while True:
+            for broker in brokers():
+                self.use(broker)
+                if self.is_done():
+                    return self.finish()
+            if not self.worked:
+                raise self.error
+            self.report(f"{self.error}; trying again every second")
+            time.sleep(1)
+
+    def read(self):
+        """Read the lines. This runs in a thread of its own, because it has to wait for them."""
+        try:
+            for number, line in enumerate(self.file, start=1):
+                self.put((number, line.removesuffix(b"\n")))
+            self.put(None)
+        except OSError as error:
+            self.report(f"{error}. {self.how_far()}")
+            os._exit(1)
+
+    def put(self, task):
+        self.lines.put(task)  # waits while `lines` is full
+        if self.lines.qsize() == 1:  # it was empty: pika's thread may be waiting for this task
+            self.ioloop.add_callback_threadsafe(self.send)
+
+    # --- All that follows runs in pika's thread ---
+
+    def use(self, broker):
+        """Send tasks over a connection to this broker, until all are confirmed or it is lost."""
+        self.error = None
+        pika.SelectConnection(
+            broker,
+            on_open_callback=self.on_open,
+            on_open_error_callback=self.on_open_error,
+            on_close_callback=self.on_close,
+            custom_ioloop=self.ioloop,
+        )
+        self.ioloop.start()  # until on_close stops it
+        if isinstance(self.error, ChannelClosedByBroker) and self.error.reply_code in (403, 406):
+            # RabbitMQ will never accept this: a task that is too large, for example.
+            raise AMQPError(f"{self.error}. {self.how_far()}")
+
+    def on_open(self, connection):
+        connection.add_on_connection_blocked_callback(self.on_blocked)
+        connection.channel(on_open_callback=self.on_channel_open)
+
+    def on_channel_open(self, channel):
+        self.channel = channel
+        self.tag = 0  # RabbitMQ numbers the tasks on each channel from 1, and so do we
+        channel.add_on_close_callback(self.on_channel_close)
+        channel.add_on_return_callback(self.on_return)
+        channel.queue_declare(queue="task_queue", durable=True)
+        channel.confirm_delivery(ack_nack_callback=self.on_confirm, callback=self.on_ready)
+
+    def on_ready(self, frame):
+        self.worked = True
+        self.reported = ""
+        self.send_again()
+        self.send()
+
+    def send(self):
+        """Send new tasks while there are any and the window has room for them."""
+        while self.is_open() and not self.ended and self.in_window() < self.window:
+            try:
+                task = self.lines.get_nowait()
+            except queue.Empty:
+                return  # put() will call us
+            if task is None:
+                self.ended = True
+            else:
+                self.publish(task)
+                self.taken += 1
+        if self.is_done() and self.is_open():
+            self.channel.connection.close()
+
+    def send_again(self):
+        while self.again and self.is_open():
+            self.publish(self.again[0])
+            self.again.popleft()
+
+    def publish(self, task):
+        _number, line = task
+        self.tag += 1
+        self.unconfirmed[self.tag] = task
+        self.channel.basic_publish(
+            exchange="",
+            routing_key="task_queue",
+            body=line,
+            properties=pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent),
+            mandatory=True,
+        )
+
+    def on_confirm(self, frame):
+        """Remove from `unconfirmed` what RabbitMQ has stored, or rejected."""
+        if not self.is_open():
+            return  # on_return has closed it
+        tags = [frame.method.delivery_tag]
+        if frame.method.multiple:  # it is about all tasks up to this one
+            tags = list(takewhile(lambda tag: tag <= frame.method.delivery_tag, self.unconfirmed))
+        if isinstance(frame.method, pika.spec.Basic.Nack):
+            self.on_reject([self.unconfirmed[tag] for tag in tags])
+        for tag in tags:
+            del self.unconfirmed[tag]
+        self.send()
+
+    def on_reject(self, tasks):
+        self.report(
+            "The queue rejects tasks, perhaps because it is full; trying again every second"
+        )
+        if not self.again:
+            self.ioloop.call_later(1, self.send_again)
+        self.again += tasks
+
+    def on_return(self, channel, method, properties, body):
+        """Begin again with a new connection: the queue is not there, and has to be declared.
+
+        RabbitMQ returns the task, and then confirms it, as there is nothing left to do with it.
+        So no confirm that comes after this counts.
+        """
+        if self.is_open():
+            channel.connection.close(404, "The queue is gone")
+
+    def on_blocked(self, connection, frame):
+        self.report(
+            "RabbitMQ is short of memory or disk space, and takes no tasks until it has more"
+        )
+
+    def on_channel_close(self, channel, reason):
+        self.error = reason
+        if channel.connection.is_open:
+            channel.connection.close()
+
+    def on_open_error(self, connection, reason):
+        if not re.search("ACCESS_REFUSED|NOT_ALLOWED", repr(reason)):  # password, virtual host
+            reason = AMQPConnectionError(
+                f"No RabbitMQ answers (docker compose up -d starts one): {reason!r}"
+            )
+        self.on_close(connection, reason)
+
+    def on_close(self, connection, reason):
+        self.error = self.error or reason
+        self.resent += len(self.unconfirmed)  # perhaps only their confirms were lost
+        self.again += self.unconfirmed.values()
+        self.unconfirmed.clear()
+        self.ioloop.stop()
+
+    def is_open(self):
+        return self.channel is not None and self.channel.is_open
+
+    def in_window(self):
+        return len(self.unconfirmed) + len(self.again)
+
+    def is_done(self):
+        return self.ended and self.in_window() == 0
+
+    # --- What it tells you on standard error ---
+
+    def how_far(self):
+        # A signal may come at any moment. Then a task is perhaps in two places, or not yet counted.
+        waiting = {number for number, _line in [*self.unconfirmed.values(), *self.again]}
+        taken = max([self.taken, *waiting])
+        return (
+            f"{taken - len(waiting)} tasks are confirmed. "
+            f"The first line that is not confirmed is line {min(waiting, default=taken + 1)}"
+        )
+
+    def show_progress(self):
+        if self.shows_progress:
+            confirmed = self.taken - self.in_window()
+            rate = confirmed / (time.monotonic() - self.begin)
+            line = f" [.] {confirmed} confirmed, {rate:.0f} per second"
+            print(line, end="\r", file=sys.stderr, flush=True)  # the next line takes its place
+            self.ioloop.call_later(0.1, self.show_progress)
+
+    def report(self, text):
+        if text != self.reported:
+            print(f" [!] {text}", file=sys.stderr)
+        self.reported = text
+
+    def finish(self):
+        self.show_progress()
+        if self.shows_progress:
+            print(file=sys.stderr)
+        if self.resent:
+            self.report(f"{self.resent} tasks were sent again, and may be in the queue twice")
+
+    def on_signal(self, number, frame):
+        """Say how far we are, and end."""
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # we are about to end
+        # Nobody may be reading our output. Then print() waits forever, but only in its thread.
+        text = f"Stopped. {self.how_far()}"
+        telling = threading.Thread(target=self.report, args=[text], daemon=True)
+        telling.start()
+        telling.join(timeout=0.5)
+        os._exit(128 + number)
+
+
+def positive(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("file", nargs="?", default=0, metavar="FILE")
+parser.add_argument(
+    "--window", type=positive, default=1000, metavar="N", help="how many may be unconfirmed"
+)
+
+
+# --- From here on, it is almost as in all producers. Lesson 1 (hello_world) explains it. ---
+
+AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def brokers():
+    """Return the brokers at AMQP_URL, which may list several."""
+    try:
+        return [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+    except Exception:  # do not print this exception: it may contain the password
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    try:
+        sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
+        main()
+    except (AMQPError, OSError) as error:  # an OSError: the output is closed or full
+        print(f" [!] {error}", file=sys.stderr)
+        os._exit(1)  # sys.exit would try again to write what could not be written

@@ -1,0 +1,559 @@
+"""Publisher confirms: thousands of tasks a second, none lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pexpect
+import pika
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.spec import Basic
+
+from tests.proxy import ACK, PUBLISH, Proxy
+from tests.scripts import SECRET, Scripts, one_line, replaced
+from tools import ROOT, environment
+from tools.broker import Broker, eventually, free_port, virtual_host_of
+
+NEW_TASKS = "publisher_confirms/new_tasks.py"
+LOST = re.compile(r" \[!\] .+; trying again every second")
+REJECTED = " [!] The queue rejects tasks, perhaps because it is full; trying again every second"
+NO_MEMORY = " [!] RabbitMQ is short of memory or disk space, and takes no tasks until it has more"
+NODE_WITHOUT_ADDRESS = "amqp://guest:guest@nowhere.invalid:5672/%2F"
+
+
+def sent(tasks: int) -> str:
+    """Return the line in which the script says that it has sent so many tasks."""
+    return f" [x] Sent {tasks} tasks"
+
+
+def numbers(count: int) -> list[bytes]:
+    """Return the numbers from 1 as tasks."""
+    return [b"%d" % number for number in range(1, count + 1)]
+
+
+def numbered_lines(folder: Path, count: int) -> str:
+    """Write a file with the numbers from 1, each in a line, and return its path."""
+    path = folder / f"{count} lines"
+    path.write_bytes(b"\n".join(numbers(count)))
+    return str(path)
+
+
+class Pipe:
+    """A pipe with a name. The script that reads it waits for more, until it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "pipe")
+        os.mkfifo(self.path)
+        self._end = os.open(self.path, os.O_RDWR)  # with O_WRONLY, this would wait for a reader
+
+    def write(self, data: bytes) -> None:
+        """Write, and wait while the pipe is full."""
+        while data:
+            data = data[os.write(self._end, data) :]
+
+    def fill(self) -> int:
+        """Write lines of 1 kB until the pipe stays full, and return their number."""
+        os.set_blocking(self._end, False)
+        written, last = 0, time.monotonic()
+        while time.monotonic() < last + 1:
+            try:
+                os.write(self._end, b"x" * 1023 + b"\n")  # all or nothing
+                written, last = written + 1, time.monotonic()
+            except BlockingIOError:
+                time.sleep(0.01)
+        return written
+
+    def close(self) -> None:
+        """Let the script see the end."""
+        os.close(self._end)
+
+
+def ready(channel: BlockingChannel) -> int:
+    """Return how many tasks are in the queue, as the broker counts them."""
+    return int(channel.queue_declare("task_queue", durable=True).method.message_count)
+
+
+def take_all(channel: BlockingChannel) -> list[bytes]:
+    """Take all tasks out of the queue."""
+    tasks: list[bytes] = []
+    count = ready(channel)
+    if count:
+        for _method, _properties, body in channel.consume("task_queue", auto_ack=True):
+            tasks.append(body or b"")
+            if len(tasks) == count:
+                break
+        channel.cancel()
+    return tasks
+
+
+def test_each_line_is_a_task(scripts: Scripts, channel: BlockingChannel, tmp_path: Path) -> None:
+    """In the order of the file, as bytes, without the ends of the lines. Tasks are persistent."""
+    tasks = [
+        b"first",
+        b"",
+        b"  spaces ",
+        "错误".encode(),
+        b"\xff\xfe\x00\r",
+        b"x" * 300_000,
+        b"last",
+    ]
+    (tmp_path / "tasks").write_bytes(b"\n".join(tasks))
+    script = scripts.run(NEW_TASKS, str(tmp_path / "tasks"))
+    assert (script.out.seen, script.err.seen) == ([sent(len(tasks))], [])
+    for task in tasks:
+        _method, properties, body = channel.basic_get("task_queue", auto_ack=True)
+        assert properties is not None
+        assert (body, properties.delivery_mode) == (task, 2)
+    assert ready(channel) == 0
+
+
+def test_a_file_without_lines_is_no_error(scripts: Scripts, tmp_path: Path) -> None:
+    """And the end of a last line makes no further task."""
+    (tmp_path / "tasks").write_bytes(b"")
+    assert scripts.run(NEW_TASKS, str(tmp_path / "tasks")).out.seen == [sent(0)]
+    (tmp_path / "tasks").write_bytes(b"one\n")
+    assert scripts.run(NEW_TASKS, str(tmp_path / "tasks")).out.seen == [sent(1)]
+
+
+def test_a_task_from_a_pipe_is_sent_when_it_comes(
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """The connection outlives a time without any, and the end of the pipe ends the script."""
+    heartbeats: list[int] = []
+
+    def watch(index: int, to_broker: bool) -> bool:
+        heartbeats.extend([index] * (to_broker and index == 0))
+        return True
+
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        pipe = Pipe(tmp_path)
+        url = f"{proxy.url}?heartbeat=1"
+        script = scripts.start(NEW_TASKS, "--window", "1", pipe.path, amqp_url=url)
+        for count in (1, 2, 3):
+            pipe.write(b"a task\n")
+            eventually(lambda n=count: ready(channel) == n, "the task arrives")  # type: ignore[misc]
+        before = len(heartbeats)
+        eventually(lambda: len(heartbeats) > before + 4, "two seconds without a task pass")
+        pipe.write(b"a task\n")
+        pipe.close()
+        assert script.wait() == 0
+        assert proxy.connections == 1
+    assert script.out.seen == [sent(4)]
+
+
+@pytest.mark.parametrize("window", [1, 10, 100])
+def test_the_window_is_never_exceeded(scripts: Scripts, tmp_path: Path, window: int) -> None:
+    """As long as no confirm comes, the script sends as many tasks as the window holds, no more."""
+    published = 0
+    heartbeats = 0  # sent by the script when it had published that many
+    may_confirm = threading.Event()
+
+    def watch(index: int, to_broker: bool) -> bool:
+        nonlocal published, heartbeats
+        published += index == PUBLISH
+        heartbeats += to_broker and index == 0 and published >= window
+        if index == ACK:
+            may_confirm.wait(20)
+        return True
+
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        arguments = ("--window", str(window), numbered_lines(tmp_path, 3 * window))
+        script = scripts.start(NEW_TASKS, *arguments, amqp_url=f"{proxy.url}?heartbeat=1")
+        # The first two are the content of the last task: its frames are no methods, either.
+        eventually(lambda: heartbeats > 5, "it waits, and sends heartbeats meanwhile")
+        assert published == window
+        may_confirm.set()
+        assert script.wait() == 0
+    assert script.out.seen == [sent(3 * window)]
+    assert published == 3 * window
+
+
+def test_one_confirm_may_be_for_several_tasks(scripts: Scripts, tmp_path: Path) -> None:
+    """A confirm with `multiple` is for all tasks up to its own, and for none behind it."""
+    published = 0
+
+    def watch(index: int, _to_broker: bool) -> bool:
+        nonlocal published
+        published += index == PUBLISH
+        return index != ACK
+
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        arguments = ("--window", "10", numbered_lines(tmp_path, 30))
+        script = scripts.start(NEW_TASKS, *arguments, amqp_url=proxy.url)
+        eventually(lambda: published == 10, "the window is full")
+        proxy.say(Basic.Ack(delivery_tag=3))  # not in turn
+        eventually(lambda: published == 11, "there is room for one more")
+        proxy.say(Basic.Ack(delivery_tag=5, multiple=True))  # 1, 2, 4 and 5
+        eventually(lambda: published == 15, "there is room for four more")
+        script.process.send_signal(signal.SIGINT)
+        assert script.wait() == 130
+    assert script.err.seen == [
+        " [!] Stopped. 5 tasks are confirmed. The first line that is not confirmed is line 6"
+    ]
+
+
+def test_several_tasks_may_be_rejected_at_once(
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """A negative confirm may be for several, too. All these are sent again, a second later."""
+    published: list[float] = []
+
+    def watch(index: int, _to_broker: bool) -> bool:
+        if index == PUBLISH:
+            published.append(time.monotonic())
+        return index != ACK or len(published) > 10
+
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        script = scripts.start(NEW_TASKS, numbered_lines(tmp_path, 10), amqp_url=proxy.url)
+        eventually(lambda: ready(channel) == 10, "all are in the queue")
+        proxy.say(Basic.Ack(delivery_tag=2))
+        proxy.say(Basic.Nack(delivery_tag=5, multiple=True))  # 1, 3, 4 and 5
+        proxy.say(Basic.Ack(delivery_tag=10, multiple=True))
+        assert script.wait() == 0
+    assert script.err.seen == [REJECTED]
+    assert published[10] - published[9] > 0.9
+    again = Counter(take_all(channel)) - Counter(numbers(10))
+    assert sorted(again) == [b"1", b"3", b"4", b"5"]
+
+
+def test_a_task_that_comes_back_is_sent_again(
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """If the queue is deleted, the script declares it again, and all tasks are in it at last."""
+    deleted = False
+
+    def watch(index: int, _to_broker: bool) -> bool:
+        nonlocal deleted
+        if index == PUBLISH and not deleted:
+            channel.queue_delete("task_queue")
+            deleted = True
+        return True
+
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        arguments = ("--window", "7", numbered_lines(tmp_path, 100))
+        script = scripts.run(NEW_TASKS, *arguments, amqp_url=proxy.url)
+    assert script.out.seen == [sent(100)]
+    assert script.err.seen[0] == " [!] (404, 'The queue is gone'); trying again every second"
+    assert set(take_all(channel)) == set(numbers(100))
+
+
+def test_a_full_queue_gets_the_rest_later(
+    broker: Broker, scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """What a full queue rejects is sent again every second, until somebody makes room for it."""
+    virtual_host = virtual_host_of(scripts.amqp_url)
+    full = {"max-length": 10, "overflow": "reject-publish"}
+    policy = {"pattern": ".*", "definition": full, "apply-to": "queues"}
+    broker.api("PUT", f"policies/{virtual_host}/full", policy)
+    script = scripts.start(NEW_TASKS, "--window", "20", numbered_lines(tmp_path, 40))
+    script.expect_error(REJECTED)
+    done: list[bytes] = []
+
+    def all_done() -> bool:
+        method, _properties, body = channel.basic_get("task_queue", auto_ack=True)
+        done.extend([body or b""] * bool(method))
+        return len(done) >= 40
+
+    eventually(all_done, "all tasks are done")
+    assert script.wait() == 0
+    assert sorted(done) == sorted(numbers(40))  # each once
+    assert script.out.seen == [sent(40)]
+    assert script.err.seen == [REJECTED]
+
+
+def test_a_lost_connection_loses_no_task(
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """Tasks without a confirm are sent again, to the next node that answers; that is counted.
+
+    Neither a node that is down nor a name without an address stops the script.
+    """
+    confirms = 0
+
+    def watch(index: int, _to_broker: bool) -> bool:
+        nonlocal confirms
+        confirms += index == ACK
+        if confirms == 3:
+            proxy.close()
+        return confirms < 3
+
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        urls = ",".join([NODE_WITHOUT_ADDRESS, proxy.url, scripts.amqp_url])
+        arguments = ("--window", "10", numbered_lines(tmp_path, 200))
+        script = scripts.run(NEW_TASKS, *arguments, amqp_url=urls)
+    assert script.out.seen == [sent(200)]
+    (told,) = script.err.seen
+    count = int(re.fullmatch(r" \[!\] (\d+) tasks were sent again, .* twice", told)[1])  # type: ignore[index]
+    tasks = take_all(channel)
+    assert set(tasks) == set(numbers(200))
+    assert 1 <= len(tasks) - 200 <= count <= 10
+
+
+@pytest.mark.timeout(300)  # three brokers that are slow to start
+def test_three_kills_of_the_broker_lose_no_task(
+    own_broker: Broker,
+    scripts: Scripts,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """100,000 tasks: each is in the queue at the end. Those that are there twice were counted."""
+    count = 100_000
+    script = scripts.start(NEW_TASKS, numbered_lines(tmp_path, count))
+
+    def connect() -> BlockingChannel:
+        return pika.BlockingConnection(pika.URLParameters(scripts.amqp_url)).channel()
+
+    for kill_at in (10_000, 35_000, 60_000):
+        channel = connect()
+        eventually(lambda: ready(channel) >= kill_at, f"{kill_at} tasks are sent", 60)  # noqa: B023
+        own_broker.kill()
+        own_broker.start()
+    assert script.wait(60) == 0, str(script)
+    assert script.out.seen == [sent(count)]
+    *lost, told = script.err.seen
+    assert len(lost) >= 3
+    assert all(LOST.fullmatch(line) for line in lost)
+    again = int(re.fullmatch(r" \[!\] (\d+) tasks were sent again, .* twice", told)[1])  # type: ignore[index]
+    tasks = take_all(connect())
+    missing = set(numbers(count)) - set(tasks)
+    twice = len(tasks) - len(set(tasks))
+    record_property(
+        "100,000 tasks and three killed brokers",
+        f"{len(missing)} lost, {again} sent again, and {twice} of these are in the queue twice",
+    )
+    assert not missing
+    assert twice < again <= 3 * 1000  # without confirms, what is in between would be lost
+
+
+def test_the_back_pressure_of_the_broker_stops_the_reading(
+    own_broker: Broker, scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """A broker that is short of memory takes no tasks; the script says so, and reads no more."""
+    pipe = Pipe(tmp_path)
+    script = scripts.start(NEW_TASKS, "--window", "50", pipe.path)
+    pipe.write(b"\n")
+    eventually(lambda: ready(channel) == 1, "a task arrives")
+    own_broker.rabbitmqctl("set_vm_memory_high_watermark", "0.000001")
+    try:
+        alarms = "rabbit_alarm:get_alarms()."
+        eventually(lambda: "memory" in own_broker.rabbitmqctl("eval", alarms), "it is short of it")
+        pipe.write(b"\n")
+        script.expect_error(NO_MEMORY)
+        taken = pipe.fill() + 2
+        # Two windows, what a pipe holds, and what Python and RabbitMQ read ahead: all of 1 kB
+        assert 100 <= taken < 50 + 50 + 64 + 300
+    finally:
+        own_broker.rabbitmqctl("set_vm_memory_high_watermark", "0.6")
+    pipe.close()
+    assert script.wait() == 0
+    assert script.out.seen == [sent(taken)]
+    assert ready(channel) == taken
+
+
+def peak_memory(scripts: Scripts, channel: BlockingChannel, folder: Path, count: int) -> int:
+    """Send so many tasks through a pipe, and return the script's peak of memory, in kB."""
+    folder.mkdir()
+    pipe = Pipe(folder)
+    script = scripts.start(NEW_TASKS, "--window", "100", pipe.path)
+    for _ in range(count // 500):
+        pipe.write((b"x" * 199 + b"\n") * 500)
+    eventually(lambda: ready(channel) == count, "all tasks arrive")
+    status = Path(f"/proc/{script.process.pid}/status").read_text()
+    pipe.close()
+    assert script.wait() == 0
+    channel.queue_purge("task_queue")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
+def test_memory_does_not_grow_with_the_number_of_tasks(
+    scripts: Scripts,
+    channel: BlockingChannel,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Twenty times as many lines, of 10 MB together, need no more memory."""
+    channel.queue_declare("task_queue", durable=True)
+    few = peak_memory(scripts, channel, tmp_path / "few", 2_500)
+    many = peak_memory(scripts, channel, tmp_path / "many", 50_000)
+    record_property("memory for 2,500 and for 50,000 tasks", f"{few} kB, {many} kB")
+    assert many < few + 4_000
+
+
+def on_a_terminal(scripts: Scripts, *arguments: str) -> str:
+    """Run the script on a terminal to its end, and return what this shows."""
+    command = [str(ROOT / NEW_TASKS), *arguments]
+    env = environment(scripts.amqp_url)
+    terminal = pexpect.spawn(sys.executable, command, env=env, encoding="utf-8", timeout=20)
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+    return str(terminal.before)
+
+
+def test_progress_is_shown_on_a_terminal_alone(scripts: Scripts, tmp_path: Path) -> None:
+    """One line, which is written anew: how many are confirmed, and how many a second."""
+    path = numbered_lines(tmp_path, 20_000)
+    shown = on_a_terminal(scripts, path)
+    progress = re.findall(r" \[\.\] (\d+) confirmed, \d+ per second\r", shown)
+    assert len(progress) >= 3
+    assert progress == sorted(progress, key=int)
+    assert progress[-1] == "20000"
+    assert shown.count("\n") == 2
+    assert shown.endswith(f"per second\r\r\n{sent(20_000)}\r\n")
+    script = scripts.run(NEW_TASKS, path)
+    assert (script.out.seen, script.err.seen) == ([sent(20_000)], [])
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
+def test_after_ctrl_c_one_knows_where_to_go_on(
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path, how: signal.Signals
+) -> None:
+    """All lines before the one that it names are in the queue. The script goes on from there."""
+    script = scripts.start(NEW_TASKS, path := numbered_lines(tmp_path, 200_000))
+    channel.queue_declare("task_queue", durable=True)
+    eventually(lambda: ready(channel) > 3000, "it sends")
+    assert script.stop(how) < 1
+    assert script.process.returncode == 128 + how
+    assert script.out.seen == []
+    (told,) = script.err.seen
+    stopped = re.fullmatch(
+        r" \[!\] Stopped\. (\d+) tasks are confirmed\. "
+        r"The first line that is not confirmed is line (\d+)",
+        told,
+    )
+    assert stopped, told
+    confirmed, first = int(stopped[1]), int(stopped[2])
+    assert 2000 < first - 1 <= confirmed
+    tasks = set(take_all(channel))
+    assert set(numbers(first - 1)) <= tasks
+    assert confirmed <= len(tasks) <= confirmed + 1000
+
+    rest = tmp_path / "rest"
+    with open(path, "rb") as source:
+        rest.write_bytes(b"".join(source.readlines()[first - 1 : first + 2000]))
+    scripts.run(NEW_TASKS, str(rest))
+    assert set(numbers(first + 2000)) <= tasks | set(take_all(channel))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
+def test_nothing_keeps_it_from_ending(
+    scripts: Scripts, tmp_path: Path, how: signal.Signals
+) -> None:
+    """Neither a broker that hangs nor output that is stuck, nor a second signal soon after."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    try:
+        while True:
+            os.write(write, b"x" * 512)
+    except BlockingIOError:
+        os.set_blocking(write, True)
+    pipe = Pipe(tmp_path)
+    with closing(Proxy(scripts.amqp_url, lambda *_: False)) as silent:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / NEW_TASKS, pipe.path],
+            env=environment(silent.url),
+            stdout=write,
+            stderr=write,
+        )
+        eventually(lambda: silent.connections == 1, "it connects")
+        begin = time.monotonic()
+        process.send_signal(how)
+        process.send_signal(how)
+        assert process.wait(20) == 128 + how
+        assert time.monotonic() - begin < 1
+    for end in (read, write):
+        os.close(end)
+    pipe.close()
+
+
+def test_it_is_twenty_times_as_fast_as_one_confirm_at_a_time(
+    scripts: Scripts,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """With the default window of 1000. They take turns."""
+    path = numbered_lines(tmp_path, 40_000)
+    scripts.run(NEW_TASKS)
+    connection = pika.BlockingConnection(pika.URLParameters(scripts.amqp_url))
+    one_at_a_time = connection.channel()
+    one_at_a_time.confirm_delivery()
+
+    def rate_of_one_at_a_time() -> float:
+        begin = time.monotonic()
+        for _ in range(200):
+            one_at_a_time.basic_publish(
+                exchange="",
+                routing_key="task_queue",
+                body=b"12345",
+                properties=pika.BasicProperties(delivery_mode=2),
+                mandatory=True,
+            )
+        return 200 / (time.monotonic() - begin)
+
+    def rate_of_the_script() -> float:
+        return float(re.findall(r"(\d+) per second\r", on_a_terminal(scripts, path))[-1])
+
+    ratio = 0.0
+    for _ in range(5):  # as long as others keep the machine busy
+        slow, fast = rate_of_one_at_a_time(), rate_of_the_script()
+        ratio = max(ratio, fast / slow)
+        if ratio >= 20:
+            break
+    record_property(
+        "publishing one confirm at a time, and with a window of 1000",
+        f"{slow:.0f} and {fast:.0f} tasks/s: {fast / slow:.0f} times",
+    )
+    connection.close()
+    assert ratio >= 20
+
+
+def test_what_rabbitmq_refuses_is_one_line(
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """No broker, a wrong password, no such virtual host, other settings of the queue."""
+    path = numbered_lines(tmp_path, 3)
+
+    def refused(url: str) -> str:
+        return one_line(scripts.start(NEW_TASKS, path, amqp_url=url))
+
+    nobody = replaced(scripts.amqp_url, user=f"guest:{SECRET}", port=free_port())
+    assert "ConnectionRefusedError" in refused(nobody)
+    assert "ACCESS_REFUSED" in refused(replaced(scripts.amqp_url, user=f"guest:{SECRET}"))
+    assert "NOT_ALLOWED" in refused(replaced(scripts.amqp_url, path="/nowhere"))
+    assert "must look like" in refused(SECRET)
+    assert "Name or service not known" in refused(NODE_WITHOUT_ADDRESS)
+    channel.queue_declare("task_queue", durable=True, arguments={"x-max-length": 5})
+    assert "PRECONDITION_FAILED" in refused(scripts.amqp_url)
+
+
+def test_a_task_that_is_too_large_is_one_line(
+    broker: Broker, scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """RabbitMQ refuses it. The line says where to go on."""
+    size = 129 if broker.version.startswith("3") else 17
+    (tmp_path / "tasks").write_bytes(b"small\n" + b"x" * size * 2**20 + b"\nsmall")
+    line = one_line(scripts.start(NEW_TASKS, "--window", "1", str(tmp_path / "tasks")))
+    assert "PRECONDITION_FAILED - message size" in line
+    assert line.endswith("). 1 tasks are confirmed. The first line that is not confirmed is line 2")
+    assert ready(channel) == 1
+
+
+def test_what_it_does_not_know_is_refused(scripts: Scripts, tmp_path: Path) -> None:
+    """A window that is none is a usage error; a file that is not there is one line."""
+    for window in ("0", "-1", "many"):
+        refused = scripts.run(NEW_TASKS, f"--window={window}", status=2)
+        assert refused.err.seen[0].startswith("usage: new_tasks.py ")
+    assert "No such file" in one_line(scripts.start(NEW_TASKS, str(tmp_path / "nothing")))
+    assert "Is a directory" in one_line(scripts.start(NEW_TASKS, str(tmp_path)))
