@@ -11,8 +11,8 @@ VENV_PYTHON = .venv/bin/python
 
 help:
 	@echo 'make demo      play a part of each lesson'
-	@echo 'make test      run the tests, two at a time'
-	@echo 'make test-cluster  run the tests of lesson 9: three nodes in containers'
+	@echo 'make test      run the tests, three at a time'
+	@echo 'make test-cluster   run the tests of lesson 9, with three nodes in containers'
 	@echo 'make promises  list what the tests prove'
 	@echo 'make broker    keep a RabbitMQ on localhost:5672 until Ctrl+C'
 	@echo 'make lint      check format, style, types and the files for Docker and GitHub'
@@ -25,7 +25,7 @@ demo: .venv/has-tools
 
 test: .venv/has-test
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
-	$(VENV_PYTHON) -m pytest -n 2 --broker='$(BROKER)' $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -n 3 --dist=worksteal --broker='$(BROKER)' $(PYTEST_ARGS)
 
 test-cluster: .venv/has-test
 	$(VENV_PYTHON) -m pytest -m cluster --broker=container $(PYTEST_ARGS)

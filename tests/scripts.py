@@ -34,12 +34,19 @@ CONSUMERS = {  # and what each of them prints when it consumes
     "routing/receive_logs_direct.py": " [*] Waiting for logs. To exit press CTRL+C",
     "topics/receive_logs_topic.py": " [*] Waiting for logs. To exit press CTRL+C",
     "rpc/rpc_server.py": " [x] Awaiting RPC requests",
+    "dead_letters/worker.py": " [*] Waiting for tasks. To exit press CTRL+C",
 }
+OTHERS = [  # the last two do nothing before a worker has declared the queues
+    "publisher_confirms/new_tasks.py",
+    "dead_letters/new_task.py",
+    "dead_letters/parked.py",
+]
 NEEDED = {  # the arguments that a script cannot do without
     "routing/receive_logs_direct.py": ["info"],
     "topics/receive_logs_topic.py": ["#"],
+    "dead_letters/new_task.py": ["README.md"],
 }
-SCRIPTS = [*PRODUCERS, *CONSUMERS]
+SCRIPTS = [*PRODUCERS, *CONSUMERS, *OTHERS]
 SECRET = "s3cr3t-pässword"
 NO_BROKER = " [!] No RabbitMQ answers (docker compose up -d starts one): "
 

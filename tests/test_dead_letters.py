@@ -558,6 +558,11 @@ def test_failing_tasks_under_fire(
     for member in workers.members:
         assert member.process.poll() is None
         member.stop()
+    while not workers.lines.empty():  # what came while we looked at the parked ones
+        if found := re.fullmatch(
+            r" \[x\] Received '(.*?)'( \(redelivered\))?", workers.lines.get()[1]
+        ):
+            tries[found[1]] += 1
     final = pika.BlockingConnection(pika.URLParameters(scripts.amqp_url)).channel()
     left = parked(final)
     names = {body.decode() for body, _ in left}

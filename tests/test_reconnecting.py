@@ -17,7 +17,7 @@ from tests.scripts import CONSUMERS, Scripts, consumer, expect_waiting, one_line
 from tools.broker import Broker, eventually, virtual_host_of
 
 LOST = re.compile(r" \[!\] .+; trying again every second")
-RECEIVE, WORKER, LOGS, DIRECT, TOPIC, SERVER = CONSUMERS
+RECEIVE, WORKER, LOGS, DIRECT, TOPIC, SERVER, _PARKING = CONSUMERS
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
@@ -31,6 +31,7 @@ def test_consumers_outlive_a_broker_restart(
     late[WORKER].expect(" [x] Received 'task.....'")
     client = scripts.start("rpc/rpc_client.py", "--timeout", "60", *["33"] * 10)
     late[SERVER].expect(" [.] fib(33)")
+    own_broker.sync()
 
     getattr(own_broker, end)()
     try:
