@@ -7,11 +7,12 @@ PYTHON ?= python3
 BROKER ?= auto
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: help demo test promises broker lint clean
+.PHONY: help demo test test-cluster promises broker lint clean
 
 help:
 	@echo 'make demo      play a part of each lesson'
 	@echo 'make test      run the tests, two at a time'
+	@echo 'make test-cluster   run the tests of the cluster: three nodes in containers'
 	@echo 'make promises  list what the tests prove'
 	@echo 'make broker    keep a RabbitMQ on localhost:5672 until Ctrl+C'
 	@echo 'make lint      check format, style, types and the files for Docker and GitHub'
@@ -26,6 +27,9 @@ test: .venv/has-test
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
 	$(VENV_PYTHON) -m pytest -n 2 --broker='$(BROKER)' $(PYTEST_ARGS)
 
+test-cluster: .venv/has-test
+	$(VENV_PYTHON) -m pytest -m cluster --broker=container $(PYTEST_ARGS)
+
 promises: .venv/has-test
 	@$(VENV_PYTHON) -m pytest --collect-only -p no:terminal -o addopts= $(PYTEST_ARGS)
 
@@ -37,7 +41,7 @@ lint: .venv/has-lint
 	.venv/bin/ruff check .
 	.venv/bin/mypy .
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml cluster/docker-compose.yml
 
 clean:
 	rm -rf .venv .*_cache .hypothesis *.egg-info

@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 
 import pika
 from pika.exceptions import AMQPConnectionError, AMQPError
@@ -19,6 +20,8 @@ def main():
 
         # From here on, basic_publish waits until RabbitMQ confirms that it has stored the task.
         channel.confirm_delivery()
+        timer = threading.Timer(10, give_up)  # pika itself would wait for as long as it takes
+        timer.start()
         channel.basic_publish(
             exchange="",
             routing_key="task_queue",
@@ -26,7 +29,13 @@ def main():
             properties=pika.BasicProperties(delivery_mode=mode),
             mandatory=True,  # it is an error if the task reaches no queue
         )
+        timer.cancel()
     print(f" [x] Sent '{task}'")
+
+
+def give_up():
+    print(" [!] No confirm within 10 s: nobody knows if the task is stored", file=sys.stderr)
+    os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
 
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -1,7 +1,7 @@
 """A running RabbitMQ, wherever the tests, the demo or a reader run.
 
 `start` returns one: at an address that the user gives, in a container, or as a private node of the
-installed rabbitmq-server.
+installed rabbitmq-server. A `Cluster` is three of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 from urllib.parse import urlsplit
 
 from tools.broker.base import Broker, NoBroker, eventually, free_port, virtual_host_of
+from tools.broker.cluster import Cluster
 from tools.broker.container import IMAGE, Container, container_problem
 from tools.broker.local import LocalNode, find_server
 
@@ -19,6 +20,7 @@ __all__ = [
     "IMAGE",
     "INSTALL",
     "Broker",
+    "Cluster",
     "Container",
     "LocalNode",
     "NoBroker",

@@ -36,6 +36,12 @@ def container_problem(image: str = IMAGE) -> str:
     return ""
 
 
+def compose_command(settings: dict[str, str], file: str) -> list[str]:
+    """Return the command that runs docker compose in this environment, with a file from here."""
+    env = ["env", *(f"{name}={value}" for name, value in settings.items())]
+    return [*env, "docker", "compose", "--file", f"{ROOT}/{file}"]
+
+
 class Container(Broker):
     """A container of RABBITMQ_IMAGE, started by Docker Compose.
 
@@ -64,8 +70,7 @@ class Container(Broker):
             f"http://127.0.0.1:{settings['RABBITMQ_MANAGEMENT_PORT']}",
         )
         self.settings = settings  # the environment in which `docker compose` is about this project
-        env = ["env", *(f"{name}={value}" for name, value in settings.items())]
-        self.command = [*env, "docker", "compose", "--file", f"{ROOT}/docker-compose.yml"]
+        self.command = compose_command(settings, "docker-compose.yml")
         self.rabbitmqctl_command = [*self.command, "exec", "-T", "rabbitmq", "rabbitmqctl"]
         self._compose = DockerCompose(ROOT, wait=False, keep_volumes=port is not None)
         self._compose.compose_command_property = self.command

@@ -1,0 +1,366 @@
+"""Three nodes: RabbitMQ and its tasks outlive the death of any one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import cycle
+
+import pytest
+
+from tests.scripts import Script, Scripts
+from tests.test_under_fire import Crew
+from tools import ROOT
+from tools.broker import Cluster, container_problem, eventually
+from tools.lesson import steps
+from tools.player import play
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+WAITING = " [*] Waiting for tasks. To exit press CTRL+C"
+SERVING = " [x] Awaiting RPC requests"
+LISTENING = " [*] Waiting for logs. To exit press CTRL+C"
+DONE = " [x] Done"
+AWAY = re.compile(r" \[!\] .+; trying again every second")
+LESSON = ROOT / "cluster" / "README.md"
+COMPOSE_FILE = ROOT / "cluster" / "docker-compose.yml"
+
+
+def parts(cluster: Cluster) -> list[str]:
+    """Return the ids of the containers, volumes and networks of a cluster, a text for each kind."""
+    mine = f"label=com.docker.compose.project={cluster.settings['COMPOSE_PROJECT_NAME']}"
+    kinds = (["ps", "-a"], ["volume", "ls"], ["network", "ls"])
+    commands = (["docker", *kind, "-q", "--filter", mine] for kind in kinds)
+    return [subprocess.check_output(command, text=True) for command in commands]
+
+
+@pytest.fixture(scope="module")
+def containers(pytestconfig: pytest.Config) -> None:
+    """Skip where there are none."""
+    choice = pytestconfig.option.broker
+    problem = container_problem() if choice in ("auto", "container") else f"--broker={choice}"
+    if problem:
+        pytest.skip(f"needs containers: {problem}")
+
+
+@pytest.fixture(scope="module")
+def running(containers: None) -> Iterator[Cluster]:  # noqa: ARG001
+    """The cluster of all tests of this file."""
+    with closing(Cluster()) as cluster:
+        cluster.start()
+        yield cluster
+
+
+@pytest.fixture
+def cluster(running: Cluster) -> Iterator[Cluster]:
+    """The cluster with all of its nodes, also after a test that failed."""
+    yield running
+    running.start()
+
+
+@pytest.fixture
+def amqp_url(
+    cluster: Cluster,
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
+) -> Iterator[str]:
+    """The URLs of the three nodes, with a virtual host of the test's own."""
+    record_property("broker", str(cluster))
+    with cluster.virtual_host(f"{request.node.name[:100]}-{os.getpid()}") as urls:
+        yield urls
+
+
+def queue(cluster: Cluster, amqp_url: str, name: str = "task_queue") -> dict[str, list[str]]:
+    """Return what the cluster says about a queue: its leader, members, and those online."""
+    found = cluster.api("GET", f"queues/{amqp_url.rpartition('/')[2]}/{name}")
+    return dict(found)
+
+
+def leader(cluster: Cluster, amqp_url: str) -> str:
+    """Return the node that leads the queue of tasks."""
+    return str(queue(cluster, amqp_url)["leader"]).removeprefix("rabbit@")
+
+
+def started(scripts: Scripts, script: str, line: str, amqp_url: str | None = None) -> Script:
+    """Start a consumer, and wait until it says that it waits."""
+    script_ = scripts.start(script, amqp_url=amqp_url)
+    (script_.expect_error if line == LISTENING else script_.expect)(line)
+    return script_
+
+
+def send(scripts: Scripts, task: str, *options: str) -> None:
+    """Send a task, which must be confirmed."""
+    sent = scripts.run("work_queues/new_task.py", *options, task)
+    assert sent.out.seen == [f" [x] Sent '{task}'"]
+
+
+def test_one_command_starts_three_nodes_and_their_data_stay(
+    cluster: Cluster, scripts: Scripts, amqp_url: str
+) -> None:
+    """`docker compose up -d --wait` returns when all three nodes are in the cluster. They are on
+    127.0.0.1 only. Queues are replicated, without a word of the script about it. After `docker
+    compose down` and another `up`, the task that was sent is still there."""
+    send(scripts, "Survivor")
+    nodes = {f"rabbit@{node}" for node in cluster.urls}
+    assert {node["name"] for node in cluster.api("GET", "nodes") if node["running"]} == nodes
+    shown = queue(cluster, amqp_url)
+    assert shown["type"] == "quorum"
+    assert set(shown["members"]) == set(shown["online"]) == nodes
+    for container in cluster.compose("ps", "-q").split():
+        [state] = json.loads(subprocess.check_output(["docker", "inspect", container]))
+        published = [to for to in state["NetworkSettings"]["Ports"].values() if to]
+        assert {to["HostIp"] for bindings in published for to in bindings} == {"127.0.0.1"}
+        assert len(published) == 2
+
+    cluster.compose("down")
+    cluster.start()
+    assert {node["name"] for node in cluster.api("GET", "nodes") if node["running"]} == nodes
+    started(scripts, "work_queues/worker.py", WAITING).expect(
+        re.compile(r" \[x\] Received 'Survivor'.*")
+    )
+
+
+def test_a_killed_leader_takes_nothing_with_it(
+    cluster: Cluster,
+    scripts: Scripts,
+    amqp_url: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Another node leads the queue, and has all confirmed tasks, also transient ones. A worker that
+    was connected to the killed node goes on by itself on another one, with the task in its hands.
+    So do an RPC server and a receiver of logs."""
+    tasks = ["In hand...", *(f"task {n}" for n in range(10))]
+    for task in tasks[:-1]:
+        send(scripts, task)
+    send(scripts, tasks[-1], "--transient")
+    old = leader(cluster, amqp_url)
+    urls = sorted(amqp_url.split(","), key=lambda url: url.rpartition("/")[0] not in cluster.urls[old])
+    there = ",".join(urls)  # the leader's address is the first
+    worker = started(scripts, "work_queues/worker.py", WAITING, there)
+    server = started(scripts, "rpc/rpc_server.py", SERVING, there)
+    logger = started(scripts, "publish_subscribe/receive_logs.py", LISTENING, there)
+    worker.expect(" [x] Received 'In hand...'")
+
+    killed = time.monotonic()
+    cluster.kill(old)
+    for consumer, line in ((worker, WAITING), (server, SERVING)):
+        consumer.expect(line, count=2)
+    logger.expect_error(LISTENING, count=2)
+    back = max(
+        max(at for line, at in zip(stream.seen, stream.times, strict=True) if line == waits)
+        for stream, waits in ((worker.out, WAITING), (server.out, SERVING), (logger.err, LISTENING))
+    )
+    record_property("after a kill all three consumers wait again", f"in {back - killed:.1f} s")
+
+    worker.expect(" [x] Received 'In hand...' (redelivered)")
+    worker.expect(DONE, count=len(tasks) + 1)  # the one in its hands was done twice
+    assert {line for line in worker.out.seen if "Received" in line} >= {
+        f" [x] Received '{task}'" for task in tasks
+    }
+    assert leader(cluster, amqp_url) != old
+    scripts.run("publish_subscribe/emit_log.py", "after the kill")
+    logger.expect(" [x] after the kill")
+    assert scripts.run("rpc/rpc_client.py", "10").out.seen[-1] == " [.] Got 55"
+
+
+def test_without_a_majority_no_task_is_reported_as_sent(
+    cluster: Cluster, scripts: Scripts, amqp_url: str
+) -> None:
+    """The producer says so in one line in bounded time. With the majority back, the consumers go on
+    by themselves, and tasks are sent again."""
+    worker = started(scripts, "work_queues/worker.py", WAITING)
+    logger = started(scripts, "publish_subscribe/receive_logs.py", LISTENING)
+    send(scripts, "before")
+    worker.expect(DONE)
+    cluster.kill("rabbit1", "rabbit2")  # all were connected to the first one
+    begin = time.monotonic()
+    refused = scripts.run("work_queues/new_task.py", "meanwhile", status=1)
+    assert time.monotonic() - begin < 15
+    assert refused.out.all() == []
+    assert refused.err.all() == [" [!] No confirm within 10 s: nobody knows if the task is stored"]
+
+    cluster.start("rabbit1", "rabbit2")
+    send(scripts, "after")
+    try:
+        worker.expect(re.compile(r" \[x\] Received 'after'.*"))
+    except AssertionError:
+        import pprint
+        pprint.pprint(queue(cluster, amqp_url))
+        print(cluster.rabbitmqctl("-q","-p",amqp_url.rpartition("/")[2],"list_consumers"))
+        print(cluster.compose("exec","-T","rabbit3","rabbitmq-queues","-p",amqp_url.rpartition("/")[2],"quorum_status","task_queue"))
+        print(cluster.compose("logs","--since","1m"))
+        raise
+    logger.expect_error(LISTENING, count=2)
+    scripts.run("publish_subscribe/emit_log.py", "after")
+    logger.expect(" [x] after")
+
+
+def test_a_task_outlives_thirty_workers(scripts: Scripts) -> None:
+    """A worker that is stopped or killed thirty times with the same task loses nothing: the limit
+    of twenty returns, after which RabbitMQ drops a task, is raised."""
+    send(scripts, "Long....................")
+    for n in range(30):
+        worker = scripts.start("work_queues/worker.py")
+        worker.expect(re.compile(r" \[x\] Received 'Long\.+'.*"))
+        worker.kill() if n % 2 else worker.stop()
+    last = scripts.start("work_queues/worker.py")
+    last.expect(" [x] Received 'Long....................' (redelivered)")
+
+
+# One call after another; after an error with a new connection, as a program would do.
+CALLER = """
+import json, random, sys, time
+sys.path.insert(0, "rpc")
+from pika.exceptions import AMQPError
+from rpc_client import FibonacciRpcClient
+
+rng = random.Random(3)
+while True:
+    try:
+        with FibonacciRpcClient() as client:
+            while True:
+                n, result, begin = rng.randint(15, 22), None, time.monotonic()
+                try:
+                    result = client.call(n, timeout=5)
+                except TimeoutError:
+                    pass
+                finally:
+                    print(json.dumps([n, result, time.monotonic() - begin]), flush=True)
+                time.sleep(0.1)
+    except AMQPError:
+        time.sleep(0.5)
+"""
+
+
+def test_a_cluster_under_fire(
+    cluster: Cluster,
+    scripts: Scripts,
+    amqp_url: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Nodes are killed and stopped, one at a time, and twice two of them are killed together, while
+    tasks, RPC calls and logs flow. Every confirmed task is done, every call gives the right answer
+    or ends in its time, no consumer ends, and receivers get the logs that are sent once they are
+    back. A dead node is started again after six more tasks have been done without it."""
+    rng = random.Random(3)
+    tasks = {f"task {n}" for n in range(500)}
+    confirmed: set[str] = set()
+    done: Counter[str] = Counter()
+    over = threading.Event()
+
+    def produce(mine: list[str]) -> None:
+        for task in mine:
+            while task not in confirmed and not over.is_set():
+                sender = scripts.start("work_queues/new_task.py", task)
+                sender.wait()
+                if f" [x] Sent '{task}'" in sender.out.seen:
+                    confirmed.add(task)
+
+    workers = Crew(scripts, 3, "work_queues/worker.py")
+    servers = Crew(scripts, 2, "rpc/rpc_server.py")
+    for each, line in [*zip(workers.members, cycle([WAITING])), *zip(servers.members, cycle([SERVING]))]:
+        each.expect(line)
+    loggers = [started(scripts, "publish_subscribe/receive_logs.py", LISTENING) for _ in range(2)]
+    caller = Crew(scripts, 1, "-c", CALLER).members[0]
+    in_hand: dict[int, str] = {}
+    lines = workers.read()
+
+    def until_done(count: int) -> None:
+        """Read what the workers print until this number of different tasks have been done."""
+        while len(done) < min(count, len(tasks)):
+            number, line = next(lines)
+            if received := re.fullmatch(r" \[x\] Received '(.*?)'.*", line):
+                in_hand[number] = received[1]
+            elif line == DONE:
+                done[in_hand[number]] += 1
+
+    killed: list[float] = []
+
+    def strike(how: Callable[..., None], *nodes: str) -> None:
+        killed.append(time.monotonic())
+        how(*nodes)
+        if len(nodes) == 1:
+            until_done(len(done) + 6)
+        cluster.start(*nodes)
+        host = amqp_url.rpartition("/")[2]
+        eventually(
+            lambda: len(cluster.api("GET", f"exchanges/{host}/logs/bindings/source")) == 2,
+            "both receivers of logs are back",
+            30,
+        )
+        scripts.run("publish_subscribe/emit_log.py", f"log {len(killed)}")
+        for logger in loggers:
+            logger.expect(f" [x] log {len(killed)}")
+
+    with ThreadPoolExecutor() as threads:
+        ordered = sorted(tasks)
+        producers = [threads.submit(produce, ordered[part::2]) for part in range(2)]
+        try:
+            until_done(10)
+            for n in range(16):
+                strike(cluster.stop if n % 4 == 3 else cluster.kill, rng.choice(list(cluster.urls)))
+                if n in (5, 11):
+                    strike(cluster.kill, *rng.sample(list(cluster.urls), 2))
+            until_done(len(tasks))
+        finally:
+            over.set()
+    for producer in producers:
+        producer.result()
+
+    caller.stop()
+    fibonacci = [0, 1]
+    while len(fibonacci) <= 22:
+        fibonacci.append(fibonacci[-2] + fibonacci[-1])
+    calls = [json.loads(line) for line in caller.out.seen]
+    wrong = [call for call in calls if call[1] not in (None, fibonacci[call[0]])]
+    away = [
+        min((at for at in times if at > kill), default=kill) - kill
+        for stream, line in [
+            *((worker.out, WAITING) for worker in workers.members),
+            *((server.out, SERVING) for server in servers.members),
+            *((logger.err, LISTENING) for logger in loggers),
+        ]
+        for times in [[at for seen, at in zip(stream.seen, stream.times, strict=True) if seen == line]]
+        for kill, following in zip(killed, [*killed[1:], time.monotonic()], strict=True)
+        if any(kill < at < following for at in times)
+    ]
+    record_property(
+        "a cluster under fire",
+        f"{len(confirmed)} confirmed, {len(done)} done, "
+        f"{sum(times > 1 for times in done.values())} done twice, {len(confirmed - set(done))} lost; "
+        f"{len(killed)} times nodes killed or stopped; {len(calls)} calls, {len(wrong)} wrong, "
+        f"{sum(result is None for _, result, _ in calls)} without answer; "
+        f"consumers away {len(away)} times, {sorted(away)[len(away) // 2]:.1f} s, {max(away):.1f} s at most",
+    )
+    assert confirmed == tasks
+    assert confirmed <= set(done)
+    assert wrong == []
+    assert max(seconds for _, _, seconds in calls) < 5 + 2
+    assert workers.complaints() == servers.complaints() == []
+    everyone = [*workers.members, *servers.members, *loggers]
+    assert all(consumer.process.poll() is None for consumer in everyone)
+
+
+def test_the_lesson(containers: None) -> None:  # noqa: ARG001
+    """The lesson is played from its first command, which starts a cluster, to its last one, which
+    removes it with its data."""
+    with closing(Cluster()) as cluster:
+        play(steps(LESSON), cluster, timeout=60)
+        assert not any(parts(cluster))
+
+
+def test_the_addresses_in_the_lesson_are_those_of_the_nodes() -> None:
+    """The line that a reader types has the ports that the nodes have by default."""
+    ports = re.findall(r"RABBIT\d_PORT:-(\d+)", COMPOSE_FILE.read_text())
+    line = "export AMQP_URL=" + ",".join(f"amqp://localhost:{port}" for port in ports)
+    assert len(ports) == 3
+    assert f"\n{line}\n" in LESSON.read_text()
