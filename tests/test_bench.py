@@ -16,7 +16,7 @@ from tools.bench import report
 from tools.bench.alternatives import CLIENTS, alternatives
 from tools.bench.measure import Bench, Table
 from tools.bench.parts import PARTS, Part
-from tools.broker import Broker, NoBroker
+from tools.broker import Broker, NoBroker, virtual_host_of
 
 TINY = 0.002  # of the messages of a real run
 ROW = re.compile(r"\| [^|]+( \| [\d,.]+){3}( \| [\d.e+-]+)? \|")
@@ -28,8 +28,8 @@ def check(part: Part, broker: Broker, folder: Path) -> None:
     for table in part(Bench(broker, TINY)):
         assert list(table.take()) == list(table.ways)
         tables.append(table)
+        report.write(folder, report.about(broker, 0), tables)
     assert tables
-    report.write(folder, report.about(broker, 0), tables)
     text = (folder / "README.md").read_text()
     assert f"broker: {broker}" in text
     for table in tables:
@@ -56,6 +56,15 @@ def test_each_part_gives_its_figures(name: str, broker: Broker, tmp_path: Path) 
         check(PARTS[name], broker, tmp_path)
     except NoBroker as error:
         pytest.skip(str(error))
+
+
+def test_a_queue_is_of_the_kind_that_its_row_names(broker: Broker) -> None:
+    """What is called a quorum queue in a table is one. Where it would not be, there is no row."""
+    bench = Bench(broker, TINY)
+    for kind in bench.kinds():
+        with bench.queue("of-a-kind", kind) as queue:
+            path = f"queues/{virtual_host_of(queue.amqp_url)}/task_queue"
+            assert broker.api("GET", path)["type"] == kind
 
 
 def test_the_alternatives_give_their_figures(broker: Broker, tmp_path: Path) -> None:

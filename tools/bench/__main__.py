@@ -30,15 +30,18 @@ def measured(bench: Bench, names: list[str], runs: int) -> Iterator[Table]:
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as shown:
         for name in names:
             task = shown.add_task(f"{name}: getting ready", total=None)
-            for table in (PARTS | {"alternatives": alternatives})[name](bench):
-                total = table.runs or runs
-                shown.update(task, total=total * len(table.ways), completed=0)
-                for _ in range(total):
-                    for way in table.take():
-                        shown.update(task, description=f"{table.name}: {way}", advance=1)
-                shown.console.print(f"\n{report.markdown(table)}")
-                yield table
-                shown.update(task, description=f"{name}: what comes next", total=None)
+            try:
+                for table in (PARTS | {"alternatives": alternatives})[name](bench):
+                    total = table.runs or runs
+                    shown.update(task, total=total * len(table.ways), completed=0)
+                    for _ in range(total):
+                        for way in table.take():
+                            shown.update(task, description=f"{table.name}: {way}", advance=1)
+                    console.print(f"\n{report.markdown(table)}")
+                    yield table
+                    shown.update(task, description=f"{name}: getting ready", total=None)
+            except NoBroker as error:
+                console.print(f" [!] {name} is left out: {error}")
             shown.remove_task(task)
 
 
@@ -61,12 +64,16 @@ def main() -> None:
         with closing(start(options.broker)) as broker:
             head = report.about(broker, load)
             console.print(head)
-            tables = list(measured(Bench(broker, options.scale), names, options.runs))
-        report.write(options.output, head, tables)
+            tables: list[Table] = []
+            for table in measured(Bench(broker, options.scale), names, options.runs):
+                tables.append(table)
+                report.write(options.output, head, tables)
     except NoBroker as error:
         sys.exit(f" [!] {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    if not tables:
+        sys.exit(1)
     console.print(f"The tables are in {options.output}/README.md, with a chart for each of them.")
 
 

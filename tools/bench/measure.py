@@ -186,6 +186,13 @@ class Bench:
             self.broker.api("PUT", f"vhosts/{virtual_host_of(url)}", settings)
             yield url
 
+    def kinds(self) -> tuple[str, ...]:
+        """Return the kinds of queue that virtual_host can choose: 3.10 ignores what it asks for."""
+        with self.queue("kinds", "quorum") as queue:
+            path = f"queues/{virtual_host_of(queue.amqp_url)}/task_queue"
+            kind = self.broker.api("GET", path)["type"]
+            return ("quorum", "classic") if kind == "quorum" else ("classic",)
+
     def memory(self) -> float:
         """Return how much memory the broker says that it uses, in MB."""
         time.sleep(6 * min(self._scale, 1))  # the broker counts every five seconds

@@ -168,34 +168,28 @@ def publishing(bench: Bench) -> Iterator[Table]:
 
 
 def working(bench: Bench) -> Iterator[Table]:
-    n = bench.count
-    with bench.queue("classic") as classic, bench.queue("quorum", "quorum") as quorum:
+    counts = {
+        "--in-callback": 700,
+        "--prefetch 1": 700,
+        "--prefetch 10": 2500,
+        "--prefetch 100": 2500,
+        "--prefetch 0": 2500,
+        "--auto-ack": 4000,
+    }
+    with ExitStack() as stack:
+        queues = {kind: stack.enter_context(bench.queue(kind, kind)) for kind in bench.kinds()}
         yield Table(
             "working",
             "Working: what an acknowledgement costs",
             "One `worker.py` does empty tasks that wait in the queue, and prints two lines for "
-            "each.",
+            "each. With `--in-callback`, the prefetch is 1.",
             "tasks/s",
             {
-                f"{kind} queue, {options or '--prefetch 1'}": partial(
-                    work, queue, n(count), *options.split()
+                f"{kind} queue, {options}": partial(
+                    work, queue, bench.count(count), *options.split()
                 )
-                for kind, queue, counts in (
-                    ("quorum", quorum, (600, 600, 2500, 2500, 2500, 4000)),
-                    ("classic", classic, (800, 800, 2500, 2500, 2500, 4000)),
-                )
-                for options, count in zip(
-                    (
-                        "--in-callback",
-                        "",
-                        "--prefetch 10",
-                        "--prefetch 100",
-                        "--prefetch 0",
-                        "--auto-ack",
-                    ),
-                    counts,
-                    strict=True,
-                )
+                for kind, queue in queues.items()
+                for options, count in counts.items()
             },
         )
 
@@ -203,33 +197,35 @@ def working(bench: Bench) -> Iterator[Table]:
 def rpc(bench: Bench) -> Iterator[Table]:
     n = bench.count
     with ExitStack() as stack:
-        hosts = {}
-        for name, kind, servers in (
-            ("one", "classic", 1),
-            ("two", "classic", 2),
-            ("quorum", "quorum", 1),
-        ):
-            hosts[name] = stack.enter_context(bench.virtual_host(f"rpc-{name}", kind))
-            for _ in range(servers):
-                command = (hosts[name], "rpc/rpc_server.py")
-                server = stack.enter_context(Script(*command, line=" [x] Awaiting"))
+
+        def servers(kind: str, number: int) -> str:
+            """Start servers in a virtual host of their own, and return its URL."""
+            url = stack.enter_context(bench.virtual_host(f"rpc-{kind}-{number}", kind))
+            for _ in range(number):
+                server = stack.enter_context(Script(url, "rpc/rpc_server.py", line=" [x] Awaiting"))
                 server.wait_for(1)
-        one, two, quorum = hosts.values()
+            return url
+
+        one, two = servers("classic", 1), servers("classic", 2)
+        ways: dict[str, Callable[[], float]] = {}
+        if "quorum" in bench.kinds():
+            url = servers("quorum", 1)
+            ways["one at a time, rpc_queue a quorum queue"] = partial(call, url, 5, n(300))
+        ways |= {
+            "one at a time": partial(call, one, 5, n(400)),
+            "one at a time, a callback queue for each call": partial(
+                call, one, 5, n(150), "--queue-per-call"
+            ),
+            "10 in flight": partial(call, one, 5, n(1000), "--in-flight", "10"),
+            "100 in flight": partial(call, one, 5, n(1000), "--in-flight", "100"),
+            "100 in flight, two servers": partial(call, two, 5, n(1000), "--in-flight", "100"),
+        }
         yield Table(
             "rpc",
             "RPC: cheap calls",
             "fib(5), with the class `FibonacciRpcClient` and `rpc_server.py`.",
             "calls/s",
-            {
-                "one at a time, rpc_queue a quorum queue": partial(call, quorum, 5, n(300)),
-                "one at a time": partial(call, one, 5, n(400)),
-                "one at a time, a callback queue for each call": partial(
-                    call, one, 5, n(150), "--queue-per-call"
-                ),
-                "10 in flight": partial(call, one, 5, n(1000), "--in-flight", "10"),
-                "100 in flight": partial(call, one, 5, n(1000), "--in-flight", "100"),
-                "100 in flight, two servers": partial(call, two, 5, n(1000), "--in-flight", "100"),
-            },
+            ways,
         )
         yield Table(
             "rpc-expensive",
