@@ -19,7 +19,7 @@ from tools.bench.parts import PARTS, Part
 from tools.broker import Broker, NoBroker, virtual_host_of
 
 TINY = 0.002  # of the messages of a real run
-ROW = re.compile(r"\| [^|]+( \| [\d,.]+){3}( \| [\d.e+-]+)? \|")
+ROW = re.compile(r"\| [^|]+( \| [\d,.]+){3}( \| [\d,.]+)? \|")
 
 
 def check(part: Part, broker: Broker, folder: Path) -> None:
@@ -94,4 +94,4 @@ def test_a_ratio_is_taken_within_one_turn() -> None:
     table = Table("name", "Title", "About.", "tasks/s", dict.fromkeys("abcd", float), group=2)
     table.figures = {"a": [1, 10, 100], "b": [2, 20, 200], "c": [5, 5, 5], "d": [1, 5, 10]}
     assert [table.ratio(way) for way in "abcd"] == [1, 2, 1, 1]
-    assert "| b | 2.0 | 20.0 | 200 | 2 |" in report.markdown(table)
+    assert "| b | 2 | 20 | 200 | 2 |" in report.markdown(table)

@@ -108,10 +108,10 @@ def publishing(bench: Bench) -> Iterator[Table]:
             "unconfirmed. The others are programs with pika's BlockingConnection.",
             "tasks/s",
             {
-                "new_task.py, one process a task": partial(send_one_by_one, queue, n(4, 2)),
                 "BlockingConnection, a confirm after each": partial(
                     send_plainly, queue, n(400), "--confirm"
                 ),
+                "new_task.py, one process a task": partial(send_one_by_one, queue, n(4, 2)),
                 "new_tasks.py --window 1": partial(send, queue, 1, n(700)),
                 "new_tasks.py --window 10": partial(send, queue, 10, n(4000)),
                 "new_tasks.py --window 100": partial(send, queue, 100, n(15000)),

@@ -27,7 +27,7 @@ of its colour in the chart, within one turn. The table shows the median of these
 
 def figure(value: float) -> str:
     """Return a number with three digits that count."""
-    return f"{float(f'{value:.3g}'):,.{0 if value >= 100 else 1}f}"
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def versions() -> str:
@@ -74,7 +74,7 @@ def markdown(table: Table) -> str:
     ]
     for i, (way, values) in enumerate(table.figures.items()):
         numbers = [figure(f(values)) for f in (min, median, max)]
-        ratio = "1" if i % table.group == 0 else f"{table.ratio(way):.3g}"
+        ratio = "1" if i % table.group == 0 else figure(table.ratio(way))
         lines.append(" | ".join([f"| {way}", *numbers, *([ratio] if ratios else [])]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -96,9 +96,10 @@ def chart(table: Table, path: Path) -> None:
     axes.barh(ways, middle, xerr=[below, above], color=colours, ecolor="0.3", capsize=2)
     if max(middle) > 20 * min(middle):
         axes.set_xscale("log")
-        axes.set_xlabel(f"{table.unit} (each step is ten times as much)")
+        axes.set_xlabel(f"{table.unit}: each mark is ten times as much as the one before")
     else:
         axes.set_xlabel(table.unit)
+    axes.xaxis.set_major_formatter("{x:,g}")
     for i, values in enumerate(runs):
         axes.annotate(
             figure(middle[i]), (max(values), i), (4, 0), textcoords="offset points", va="center"
