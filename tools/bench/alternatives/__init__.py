@@ -38,12 +38,18 @@ def alternatives(bench: Bench) -> Iterator[Table]:
         yield Table(
             "alternatives-publishing",
             "Other clients: publishing",
-            "Persistent, mandatory and confirmed, to one classic queue.",
+            "Persistent, mandatory and confirmed tasks of 10 bytes, to one classic queue; Celery's "
+            "have a form of their own. Each client has advantages that no table shows. aio-pika "
+            "and FastStream are for programs with asyncio, and reconnect by themselves; FastStream "
+            "also checks messages against types. With amqpstorm, any thread may use a channel. "
+            "kombu can also talk to other brokers than RabbitMQ. Celery is a complete system: it "
+            "has retries, schedules, results, and a process for each processor.",
             "tasks/s",
             {
                 "pika, BlockingConnection": partial(send_plainly, queue, n(400), "--confirm"),
                 "amqpstorm": partial(publish, queue, "with_amqpstorm.py", n(60)),
                 "kombu": partial(publish, queue, "with_kombu.py", n(700)),
+                "celery": partial(publish, queue, "with_celery.py", n(300)),
                 "aio-pika, one at a time": partial(publish, queue, "with_aio_pika.py", n(500)),
                 "faststream, one at a time": partial(publish, queue, "with_faststream.py", n(300)),
                 "aio-pika, window 100": partial(publish, queue, "with_aio_pika.py", n(3000), "100"),
@@ -75,7 +81,9 @@ def alternatives(bench: Bench) -> Iterator[Table]:
             yield Table(
                 f"alternatives-working-{prefetch}",
                 f"Other clients: working with a prefetch of {prefetch}",
-                "Empty tasks, acknowledged after the work, from one classic queue.",
+                "Empty tasks, acknowledged after the work, from one classic queue. Each worker is one "
+                "process that does one task at a time, but with asyncio it need not wait for the "
+                "end of a task before it begins the next.",
                 "tasks/s",
                 ways,
             )

@@ -32,5 +32,5 @@ if sys.argv[1] == "publish":
         on_task.delay(f"task {i:05}")
     print(" [.] End", flush=True)
 else:
-    worker = ["worker", "--pool", "solo", "--without-gossip", "--without-mingle"]
+    worker = ["worker", "--concurrency", "1", "--without-gossip", "--without-mingle"]
     app.worker_main([*worker, "--without-heartbeat", "--loglevel", "CRITICAL"])
