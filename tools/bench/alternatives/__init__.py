@@ -81,9 +81,7 @@ def alternatives(bench: Bench) -> Iterator[Table]:
             yield Table(
                 f"alternatives-working-{prefetch}",
                 f"Other clients: working with a prefetch of {prefetch}",
-                "Empty tasks, acknowledged after the work, from one classic queue. Each worker is one "
-                "process that does one task at a time, but with asyncio it need not wait for the "
-                "end of a task before it begins the next.",
+                "Empty tasks from one classic queue, acknowledged after the work.",
                 "tasks/s",
                 ways,
             )

@@ -29,7 +29,7 @@ def on_task(text):
 if sys.argv[1] == "publish":
     print(" [.] Begin", flush=True)
     for i in range(int(sys.argv[2])):
-        on_task.delay(f"task {i:05}")
+        on_task.apply_async([f"task {i:05}"], mandatory=True)
     print(" [.] End", flush=True)
 else:
     worker = ["worker", "--concurrency", "1", "--without-gossip", "--without-mingle"]
