@@ -174,7 +174,7 @@ def working(bench: Bench) -> Iterator[Table]:
         "--prefetch 10": 2500,
         "--prefetch 100": 2500,
         "--prefetch 0": 2500,
-        "--auto-ack": 4000,
+        "--auto-ack --prefetch 0": 4000,
     }
     with ExitStack() as stack:
         queues = {kind: stack.enter_context(bench.queue(kind, kind)) for kind in bench.kinds()}
