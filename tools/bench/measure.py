@@ -194,7 +194,7 @@ class Bench:
         with self.queue("kinds", "quorum") as queue:
             path = f"queues/{virtual_host_of(queue.amqp_url)}/task_queue"
             kind = self.broker.api("GET", path)["type"]
-            return ("quorum", "classic") if kind == "quorum" else ("classic",)
+            return ("classic", "quorum") if kind == "quorum" else ("classic",)
 
     def memory(self) -> float:
         """Return how much memory the broker says that it uses, in MB."""

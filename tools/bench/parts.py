@@ -169,8 +169,8 @@ def publishing(bench: Bench) -> Iterator[Table]:
 
 def working(bench: Bench) -> Iterator[Table]:
     counts = {
-        "--in-callback": 700,
         "--prefetch 1": 700,
+        "--in-callback": 700,
         "--prefetch 10": 2500,
         "--prefetch 100": 2500,
         "--prefetch 0": 2500,
@@ -207,11 +207,7 @@ def rpc(bench: Bench) -> Iterator[Table]:
             return url
 
         one, two = servers("classic", 1), servers("classic", 2)
-        ways: dict[str, Callable[[], float]] = {}
-        if "quorum" in bench.kinds():
-            url = servers("quorum", 1)
-            ways["one at a time, rpc_queue a quorum queue"] = partial(call, url, 5, n(300))
-        ways |= {
+        ways: dict[str, Callable[[], float]] = {
             "one at a time": partial(call, one, 5, n(400)),
             "one at a time, a callback queue for each call": partial(
                 call, one, 5, n(150), "--queue-per-call"
@@ -220,6 +216,9 @@ def rpc(bench: Bench) -> Iterator[Table]:
             "100 in flight": partial(call, one, 5, n(1000), "--in-flight", "100"),
             "100 in flight, two servers": partial(call, two, 5, n(1000), "--in-flight", "100"),
         }
+        if "quorum" in bench.kinds():
+            url = servers("quorum", 1)
+            ways["one at a time, rpc_queue a quorum queue"] = partial(call, url, 5, n(300))
         yield Table(
             "rpc",
             "RPC: cheap calls",

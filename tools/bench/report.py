@@ -66,16 +66,15 @@ def about(broker: Broker, load: float) -> str:
 
 def markdown(table: Table) -> str:
     """Return the section about a table."""
-    ratios = table.runs != 1
+    columns = ["minimum", "median", "maximum", "ratio"] if table.runs != 1 else [table.unit]
     lines = [
         f"## {table.title}\n\n{table.about}\n\n![{table.title}]({table.name}.svg)\n",
-        f"| {table.unit} | minimum | median | maximum |" + " ratio |" * ratios,
-        "| --- | --: | --: | --: |" + " --: |" * ratios,
+        f"| {table.unit if len(columns) > 1 else 'what'} | {' | '.join(columns)} |",
+        f"| --- |{' --: |' * len(columns)}",
     ]
-    for i, (way, values) in enumerate(table.figures.items()):
-        numbers = [figure(f(values)) for f in (min, median, max)]
-        ratio = "1" if i % table.group == 0 else figure(table.ratio(way))
-        lines.append(" | ".join([f"| {way}", *numbers, *([ratio] if ratios else [])]) + " |")
+    for way, values in table.figures.items():
+        numbers = [f(values) for f in (min, median, max)] + [table.ratio(way)]
+        lines.append(" | ".join([f"| {way}", *map(figure, numbers[: len(columns)])]) + " |")
     return "\n".join(lines) + "\n"
 
 
