@@ -13,7 +13,7 @@ VENV_PYTHON = .venv/bin/python
 help:
 	@echo 'make demo      play a part of each lesson'
 	@echo 'make test      run the tests, two at a time'
-	@echo 'make test-cluster   run the tests of the cluster: three nodes in containers'
+	@echo 'make test-cluster  run the tests of lesson 9: three nodes in containers'
 	@echo 'make promises  list what the tests prove'
 	@echo 'make bench     measure how fast the scripts are, in ten minutes; BENCH_ARGS="-k rpc": in one'
 	@echo 'make broker    keep a RabbitMQ on localhost:5672 until Ctrl+C'

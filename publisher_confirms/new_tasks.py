@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from itertools import takewhile
 
 import pika
@@ -27,9 +28,9 @@ def main():
 class Publisher:
     """Sends the lines of a file as tasks, and keeps each task until RabbitMQ has confirmed it.
 
-    A task is the number of its line, and the line. It comes from the file into `lines`, moves on
-    to `unconfirmed` when it is sent, and is forgotten when it is confirmed. A task that must be
-    sent again waits in `again`.
+    A task is the number of its line, and the line. It comes from the file into `lines`, moves to
+    `unconfirmed` when it is sent, and is forgotten when it is confirmed. If it must be sent again,
+    it waits in `again`.
     """
 
     def __init__(self, file, window):
@@ -37,10 +38,10 @@ class Publisher:
         self.window = window  # how many tasks there may be in `unconfirmed` and `again` together
         self.lines = queue.Queue(maxsize=window)
         self.unconfirmed = {}  # by delivery tag, in the order in which they were sent
-        self.again = []
+        self.again = deque()
         self.taken = 0  # how many tasks have left `lines`
-        self.ended = False  # no more will come
-        self.sent_twice = 0
+        self.ended = False  # no more tasks will come
+        self.resent = 0  # how many tasks were sent again after a connection was lost
         self.ioloop = IOLoop()  # waits for RabbitMQ, and calls our methods when something happens
         self.channel = None
         self.worked = False  # RabbitMQ has accepted our connection and our queue
@@ -77,7 +78,7 @@ class Publisher:
         if self.lines.qsize() == 1:  # it was empty: pika's thread may be waiting for this task
             self.ioloop.add_callback_threadsafe(self.send)
 
-    # --- The connection: all that follows runs in pika's thread ---
+    # --- All that follows runs in pika's thread ---
 
     def use(self, broker):
         """Send tasks over a connection to this broker, until all are confirmed or it is lost."""
@@ -129,8 +130,8 @@ class Publisher:
 
     def send_again(self):
         while self.again and self.is_open():
-            self.publish(self.again[-1])
-            self.again.pop()
+            self.publish(self.again[0])
+            self.again.popleft()
 
     def publish(self, task):
         _number, line = task
@@ -158,7 +159,9 @@ class Publisher:
         self.send()
 
     def on_reject(self, tasks):
-        self.report("The queue rejects tasks, as if it were full; trying again every second")
+        self.report(
+            "The queue rejects tasks, perhaps because it is full; trying again every second"
+        )
         if not self.again:
             self.ioloop.call_later(1, self.send_again)
         self.again += tasks
@@ -191,7 +194,7 @@ class Publisher:
 
     def on_close(self, connection, reason):
         self.error = self.error or reason
-        self.sent_twice += len(self.unconfirmed)  # perhaps only their confirms were lost
+        self.resent += len(self.unconfirmed)  # perhaps only their confirms were lost
         self.again += self.unconfirmed.values()
         self.unconfirmed.clear()
         self.ioloop.stop()
@@ -208,10 +211,12 @@ class Publisher:
     # --- What it tells you on standard error ---
 
     def how_far(self):
-        numbers = [number for number, line in [*self.unconfirmed.values(), *self.again]]
+        # A signal may come at any moment. Then a task is perhaps in two places, or not yet counted.
+        waiting = {number for number, _line in [*self.unconfirmed.values(), *self.again]}
+        taken = max([self.taken, *waiting])
         return (
-            f"{self.taken - len(numbers)} tasks are confirmed. "
-            f"The first line that is not confirmed is line {min(numbers, default=self.taken + 1)}"
+            f"{taken - len(waiting)} tasks are confirmed. "
+            f"The first line that is not confirmed is line {min(waiting, default=taken + 1)}"
         )
 
     def show_progress(self):
@@ -231,8 +236,8 @@ class Publisher:
         self.show_progress()
         if self.shows_progress:
             print(file=sys.stderr)
-        if self.sent_twice:
-            self.report(f"{self.sent_twice} tasks were sent again, and may be in the queue twice")
+        if self.resent:
+            self.report(f"{self.resent} tasks were sent again, and may be in the queue twice")
 
     def on_signal(self, number, frame):
         """Say how far we are, and end."""
@@ -259,7 +264,7 @@ parser.add_argument(
 )
 
 
-# --- From here on, it is as in all producers. The end of lesson 1 (hello_world) explains it. ---
+# --- From here on, it is almost as in all producers. Lesson 1 (hello_world) explains it. ---
 
 AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
@@ -268,12 +273,12 @@ def brokers():
     """Return the brokers at AMQP_URL, which may list several."""
     try:
         return [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
-    except Exception:  # its text is not shown: it may contain the password
+    except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
         signal.signal(number, lambda number, frame: os._exit(128 + number))
     try:
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)

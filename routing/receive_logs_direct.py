@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
 
 import pika
 from pika.exceptions import (
@@ -36,11 +35,10 @@ def on_log(channel, method, properties, body):
 
 
 def routing_key(text):
-    """Return the text, or end the script if AMQP has no room for it in a routing key."""
-    with suppress(UnicodeEncodeError):
-        if len(text.encode()) <= 255:
-            return text
-    sys.exit(" [!] A routing key must be UTF-8 text of at most 255 bytes")
+    """Return the text, if it can be a routing key."""
+    if len(text.encode()) > 255:  # raises ValueError for bytes that are not UTF-8
+        raise argparse.ArgumentTypeError("a routing key has at most 255 bytes")
+    return text
 
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -56,12 +54,12 @@ def connect():
     """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
     try:
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
-    except Exception:  # its text is not shown: it may contain the password
+    except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # pika can try them all, but stops at a host name that has no address
+    for broker in brokers:  # one by one: given all, pika stops at a name without an address
         try:
             return pika.BlockingConnection(broker)
-        except Exception as error:  # one of pika's, of the socket's or of TLS
+        except Exception as error:  # an error of pika, of the socket or of TLS
             reason = repr(error)
             if "ACCESS_REFUSED" in reason or "NOT_ALLOWED" in reason:
                 raise  # wrong password, wrong virtual host
@@ -70,7 +68,7 @@ def connect():
 
 if __name__ == "__main__":
     options = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
         signal.signal(number, lambda number, frame: os._exit(0))
     fatal = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
     reported = ""
@@ -80,7 +78,7 @@ if __name__ == "__main__":
             with connect() as connection:
                 channel = connection.channel()
                 main(channel)
-                fatal = OSError  # It works. From now on, trouble with RabbitMQ may pass.
+                fatal = OSError  # It works. From now on, errors of RabbitMQ may be temporary.
                 channel.start_consuming()
                 raise AMQPError("RabbitMQ cancelled the consumer")
         except fatal as error:  # an OSError: the output is closed or full

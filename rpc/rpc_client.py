@@ -24,7 +24,8 @@ class FibonacciRpcClient:
     """A connection with one callback queue, which takes the answers to all calls.
 
     Use it in a `with` statement and in one thread. Its methods raise AMQPError when the connection
-    is lost. This also happens when no method is called for longer than the heartbeat.
+    is lost. RabbitMQ also closes it if no method is called for two to three heartbeats, which is a
+    few minutes.
     """
 
     def __init__(self):
@@ -46,8 +47,8 @@ class FibonacciRpcClient:
     def call_many(self, numbers, timeout=10):
         """Return the Fibonacci numbers of all these numbers, in the same order.
 
-        The timeout is in seconds, for all of them together. Raises TimeoutError when it is over,
-        and RpcError for the first error among the answers.
+        The timeout is in seconds, for all of them together. Raises TimeoutError when this time is
+        over, and RpcError for the first error among the answers.
         """
         if not 0 < timeout < 2**32 / 1000:  # an expiration has 32 bits, in ms
             raise ValueError("timeout must be more than 0 and less than 4294967 seconds")
@@ -79,7 +80,7 @@ class FibonacciRpcClient:
             properties=pika.BasicProperties(
                 reply_to=self.callback_queue,
                 correlation_id=correlation_id,
-                expiration=str(int(seconds * 1000)),  # then RabbitMQ drops it from the queue
+                expiration=str(int(seconds * 1000)),  # after this time, RabbitMQ drops it
                 content_type="text/plain",
             ),
             mandatory=True,  # if there is no queue, the request comes back to on_return
@@ -92,7 +93,7 @@ class FibonacciRpcClient:
             self.answers[properties.correlation_id] = properties.type, body
 
     def on_return(self, channel, method, properties, body):
-        properties.type = "error"  # take the request that came back for its answer
+        properties.type = "error"  # treat the returned request as an answer, with an error
         self.on_answer(
             channel, method, properties, b"there is no queue 'rpc_queue': start a server"
         )
@@ -113,7 +114,7 @@ class FibonacciRpcClient:
         return self
 
     def __exit__(self, *error):
-        # close() waits for RabbitMQ's answer. If RabbitMQ is blocked, that could take for ever.
+        # close() waits for RabbitMQ's answer. If RabbitMQ is blocked, that could take forever.
         closing = threading.Thread(target=self.close, daemon=True)
         closing.start()
         closing.join(timeout=1)
@@ -149,12 +150,12 @@ def connect():
     """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
     try:
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
-    except Exception:  # its text is not shown: it may contain the password
+    except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # pika can try them all, but stops at a host name that has no address
+    for broker in brokers:  # one by one: given all, pika stops at a name without an address
         try:
             return pika.BlockingConnection(broker)
-        except Exception as error:  # one of pika's, of the socket's or of TLS
+        except Exception as error:  # an error of pika, of the socket or of TLS
             reason = repr(error)
             if "ACCESS_REFUSED" in reason or "NOT_ALLOWED" in reason:
                 raise  # wrong password, wrong virtual host
@@ -162,7 +163,7 @@ def connect():
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
         signal.signal(number, lambda number, frame: os._exit(128 + number))
     try:
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)

@@ -57,13 +57,14 @@ class Lines:
         self._thread.start()
 
     def _read(self, stream: IO[bytes]) -> None:
-        for line in stream:
-            text = line.decode(errors="backslashreplace").removesuffix("\n")
-            with self._change:
-                self.seen.append(text)
-                self.times.append(time.monotonic())
-                self._change.notify_all()
-            self._echo(text)
+        with stream:
+            for line in stream:
+                text = line.decode(errors="backslashreplace").removesuffix("\n")
+                with self._change:
+                    self.seen.append(text)
+                    self.times.append(time.monotonic())
+                    self._change.notify_all()
+                self._echo(text)
         with self._change:
             self._closed = True
             self._change.notify_all()

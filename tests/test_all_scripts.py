@@ -168,7 +168,8 @@ def test_an_amqps_url_is_encrypted(scripts: Scripts, tmp_path: Path) -> None:
             f"{encrypted.url}?ssl_options={quote(str({'ca_certs': str(tmp_path / name)}))}"
             for name in ("ours", "stranger")
         )
-        one_line(scripts.start("hello_world/send.py", amqp_url=untrusting))
+        line = one_line(scripts.start("hello_world/send.py", amqp_url=untrusting))
+        assert "CERTIFICATE_VERIFY_FAILED" in line
         scripts.run("hello_world/send.py", amqp_url=url)
         started = scripts.start("hello_world/receive.py", amqp_url=f"amqp://127.0.0.2:1,{url}")
         started.expect(" [x] Received 'Hello World!'")

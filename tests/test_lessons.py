@@ -145,7 +145,7 @@ def test_what_the_terminals_show_is_what_happens(document: Path, broker: Broker)
     story = steps(document)
     assert story
     try:
-        play(story, broker, timeout=30)
+        play(story, broker, timeout=60)
     except NeedsDocker as error:
         pytest.skip(str(error))
 
@@ -167,6 +167,23 @@ def test_no_block_escapes(document: Path) -> None:
     """A block is played, looked up, or no claim: a diagram or plain text."""
     for block in blocks(document):
         assert block.language in LANGUAGES, block
+
+
+def anchors(document: Path) -> set[str]:
+    """Return what a link to a heading of a document may end with, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_document
+def test_each_link_leads_somewhere(document: Path) -> None:
+    """A link to a file of this project finds the file, and the heading if it names one."""
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", document.read_text("utf-8"))
+    assert links
+    for path, anchor in links:
+        target = document.parent / path if path else document
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
 @pytest.mark.parametrize("document", lessons(), ids=name)

@@ -492,7 +492,7 @@ def servers_at_work(scripts: Scripts, servers: list[Script]) -> float:
 def test_servers_share_the_load(
     scripts: Scripts, record_property: Callable[[str, object], None]
 ) -> None:
-    """Two servers answer at least 1.6 times as many expensive calls as one in the same time."""
+    """Two servers compute at the same time, and so do at least 1.6 times the work of one."""
     servers = [server(scripts)]
     assert len(os.sched_getaffinity(servers[0].process.pid)) >= 2, "it may use two cores"
     alone = servers_at_work(scripts, servers)

@@ -71,9 +71,9 @@ def test_the_emitter_has_a_routing_key_and_a_message_of_its_own(scripts: Scripts
 
 @pytest.mark.parametrize("script", ["emit_log_topic.py", "receive_logs_topic.py"])
 def test_a_key_of_more_than_255_bytes_is_one_line(scripts: Scripts, script: str) -> None:
-    """The script says what is wrong, without a traceback; 255 bytes are fine."""
-    refused = scripts.run(f"topics/{script}", "a" * 256, status=1)
-    assert refused.err.all() == [" [!] A routing key must be UTF-8 text of at most 255 bytes"]
+    """The usage and one line say what is wrong, without a traceback; 255 bytes are fine."""
+    refused = scripts.run(f"topics/{script}", "a" * 256, status=2)
+    assert refused.err.all()[-1].endswith("_KEY: a routing key has at most 255 bytes")
     started = receiver(scripts, "a" * 255)
     scripts.run("topics/emit_log_topic.py", "a" * 255)
     started.expect(re.compile(r" \[x\] a{255}:Hello World!"))
@@ -83,19 +83,3 @@ def test_without_a_pattern_a_receiver_prints_its_usage(scripts: Scripts) -> None
     """It ends with status 2."""
     refused = scripts.run("topics/receive_logs_topic.py", status=2)
     assert refused.err.all()[0].startswith("usage: receive_logs_topic.py ")
-
-
-def test_the_published_scripts_may_stand_on_the_other_end(
-    scripts: Scripts, channel: BlockingChannel
-) -> None:
-    """The exchange, the declarations and the routing keys are those of the published scripts."""
-    started = receiver(scripts, "kern.*")
-    channel.exchange_declare(exchange="topic_logs", exchange_type="topic")
-    queue = channel.queue_declare(queue="", exclusive=True).method.queue
-    channel.queue_bind(exchange="topic_logs", queue=queue, routing_key="*.critical")
-    channel.basic_publish(exchange="topic_logs", routing_key="kern.info", body=b"from theirs")
-    started.expect(" [x] kern.info:from theirs")
-    scripts.run("topics/emit_log_topic.py", "kern.critical", "from ours")
-    method, _properties, body = channel.basic_get(queue, auto_ack=True)
-    assert method is not None
-    assert (method.routing_key, body) == ("kern.critical", b"from ours")

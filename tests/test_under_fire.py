@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import BasicProperties
 
-from tests.scripts import Script, Scripts
+from tests.scripts import CONSUMERS, Script, Scripts, consumer
 from tools import TIMEOUT, environment
 from tools.broker import Broker, eventually
 
@@ -271,10 +271,10 @@ def test_rpc_under_fire(scripts: Scripts, record_property: Callable[[str, object
     assert statuses == [0, 0], "\n".join(map(str, running))
     assert wrong == 0
     assert given_up == 0
-    assert right + timed_out == 200
+    assert timed_out > 0, "answers that come too late are a part of this"
     assert overdue < 5, "seconds, on a busy machine"
     assert servers.killed >= 15
-    assert servers.complaints() == []
+    assert all(server.err.seen == [] for server in servers.everyone)
     assert all(server.process.poll() is None for server in servers.members)
 
 
@@ -348,45 +348,43 @@ messages = st.tuples(bodies, properties)
 
 
 class Target:
-    """All four consumers, each a process, and a channel that writes to them."""
+    """All consumers, each a process, and a channel that writes to them."""
 
     def __init__(self, scripts: Scripts) -> None:
         self.amqp_url = scripts.amqp_url
-        self.receiver = scripts.start("hello_world/receive.py")
-        self.worker = scripts.start("work_queues/worker.py")
-        self.logger = scripts.start("publish_subscribe/receive_logs.py")
-        self.server = scripts.start("rpc/rpc_server.py")
-        self.consumers = [self.receiver, self.worker, self.logger, self.server]
-        self.receiver.expect(" [*] Waiting for messages. To exit press CTRL+C")
-        self.worker.expect(" [*] Waiting for tasks. To exit press CTRL+C")
-        self.logger.expect_error(" [*] Waiting for logs. To exit press CTRL+C")
-        self.server.expect(" [x] Awaiting RPC requests")
+        self.consumers = {name: consumer(scripts, name) for name in CONSUMERS}
         self.channel = pika.BlockingConnection(pika.URLParameters(scripts.amqp_url)).channel()
         self.callback_queue = self.channel.queue_declare("", exclusive=True).method.queue
 
     def send(self, body: bytes, properties: BasicProperties) -> None:
-        """Send a message to all four."""
-        for exchange, key in (("", "hello"), ("", "task_queue"), ("logs", ""), ("", "rpc_queue")):
-            self.channel.basic_publish(exchange, key, body, properties)
+        """Send a message to all of them."""
+        for name in ("hello", "task_queue", "rpc_queue"):
+            self.channel.basic_publish("", name, body, properties)
+        for exchange in ("logs", "direct_logs", "topic_logs"):
+            self.channel.basic_publish(exchange, "info", body, properties)
 
     def serves(self, word: str) -> None:
-        """Send a good message to all four, and see each serve it after all that came before."""
-        begin = {consumer: len(consumer.out.seen) for consumer in self.consumers}
+        """Send a good message to all, and see each serve it after all that came before."""
+        begin = {name: len(script.out.seen) for name, script in self.consumers.items()}
         address = BasicProperties(reply_to=self.callback_queue, correlation_id=word)
         self.send(word.encode(), address)
         self.channel.basic_publish("", "rpc_queue", b"10", address)
 
-        def sees(consumer: Script, *lines: str) -> None:
-            def enough(seen: list[str]) -> bool:
-                new = iter(seen[begin[consumer] :])
+        for name, lines in {
+            "hello_world/receive.py": [f" [x] Received '{word}'"],
+            "work_queues/worker.py": [f" [x] Received '{word}'", " [x] Done"],
+            "publish_subscribe/receive_logs.py": [f" [x] {word}"],
+            "routing/receive_logs_direct.py": [f" [x] info:{word}"],
+            "topics/receive_logs_topic.py": [f" [x] info:{word}"],
+            "rpc/rpc_server.py": [" [.] fib(10)"],
+        }.items():
+
+            def enough(seen: list[str], begin: int = begin[name], lines: list[str] = lines) -> bool:
+                new = iter(seen[begin:])
                 return all(line in new for line in lines)  # in this order
 
-            assert consumer.out.wait_for(enough, TIMEOUT), f"{lines} did not come from {consumer}"
-
-        sees(self.receiver, f" [x] Received '{word}'")
-        sees(self.worker, f" [x] Received '{word}'", " [x] Done")
-        sees(self.logger, f" [x] {word}")
-        sees(self.server, " [.] fib(10)")
+            script = self.consumers[name]
+            assert script.out.wait_for(enough, TIMEOUT), f"{lines} did not come from {script}"
         answers: list[tuple[str | None, bytes]] = []
 
         def answered() -> bool:
@@ -395,13 +393,13 @@ class Target:
                 answers.append((answer.correlation_id, body))
             return len(answers) == 2
 
-        eventually(answered, f"two answers from {self.server}")
+        eventually(answered, "two answers from the server")
         assert answers == [(word, b"not a whole number from 0 to 40"), (word, b"55")]
 
     def close(self) -> None:
         """Kill the consumers, and delete their queues with what is left in them."""
-        for consumer in self.consumers:
-            consumer.kill()
+        for script in self.consumers.values():
+            script.kill()
         channel = pika.BlockingConnection(pika.URLParameters(self.amqp_url)).channel()
         for name in ("hello", "task_queue", "rpc_queue"):
             channel.queue_delete(name)
@@ -409,8 +407,8 @@ class Target:
 
     def complaints(self) -> list[str]:
         """Return all that the consumers printed on standard error, but for the greeting."""
-        greeting = " [*] Waiting for logs. To exit press CTRL+C"
-        return [line for c in self.consumers for line in c.err.seen if line != greeting]
+        consumers = self.consumers.items()
+        return [line for name, c in consumers for line in c.err.seen if line != CONSUMERS[name]]
 
 
 def test_hostile_input(scripts: Scripts, record_property: Callable[[str, object], None]) -> None:
@@ -445,5 +443,7 @@ def test_hostile_input(scripts: Scripts, record_property: Callable[[str, object]
         batches += 1
 
     attack()
-    record_property("hostile input", f"{sent} messages to each of 4 consumers, all live")
+    record_property(
+        "hostile input", f"{sent} messages to each of {len(CONSUMERS)} consumers, all live"
+    )
     assert sent >= 2000

@@ -1,4 +1,4 @@
-"""Makes the pictures of the README and of lesson 2 from what really happens.
+"""Makes the pictures of the README, of lesson 2 and of lesson 9 from what really happens.
 
     pip install -e '.[test,pictures]' && apt-get install chromium
     python -m tools.pictures [--broker auto|container|local]
@@ -14,14 +14,15 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from html import escape
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 from tools import ROOT, environment
-from tools.broker import Broker, NoBroker, eventually, start
+from tools.broker import Broker, Cluster, NoBroker, eventually, start
 from tools.lesson import steps
 from tools.player import play
 
@@ -123,25 +124,53 @@ def photograph(broker: Broker, file: Path) -> None:
             return (queue["messages_ready"], queue["messages_unacknowledged"]) == (4, 2)
 
         eventually(counted, "the page's figures are those of now")
-        chromium = stack.enter_context(sync_playwright()).chromium
-        browser = chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1000, "height": 415})
+        page = stack.enter_context(management_page(broker, height=415))
+        page.goto(f"{broker.management_url}/#/queues")
+        page.get_by_role("row", name=re.compile(r"task_queue.*running\s+4\s+2\s+6")).wait_for()
+        page.screenshot(path=file)
+
+
+@contextmanager
+def management_page(broker: Broker, height: int) -> Iterator[Page]:
+    """Log in to the management page of a broker, in a browser of this height."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": 1000, "height": height})
         page.goto(broker.management_url)
         page.fill("input[name=username]", "guest")
         page.fill("input[name=password]", "guest")
         page.click("input[type=submit]")
         page.wait_for_selector("#menu")
-        page.goto(f"{broker.management_url}/#/queues")
-        page.get_by_role("row", name=re.compile(r"task_queue.*running\s+4\s+2\s+6")).wait_for()
-        page.screenshot(path=file)
+        yield page
         browser.close()
+
+
+def photograph_cluster(cluster: Cluster, folder: Path) -> None:
+    """Take pictures of the table of the nodes, and of what is said about a queue with members."""
+    cluster.start()
+    env = environment(cluster.amqp_url)
+    subprocess.run([sys.executable, "work_queues/new_task.py"], env=env, check=True)
+    with management_page(cluster, height=1300) as page:
+        page.get_by_text("Uptime").wait_for()
+        page.wait_for_function("!document.body.innerText.includes('not available')")
+        page.locator("table.list", has_text="rabbit@rabbit3").first.screenshot(
+            path=folder / "nodes.png"
+        )
+        page.goto(f"{cluster.management_url}/#/queues/%2F/task_queue")
+        page.locator("table.facts", has_text="Members").first.screenshot(path=folder / "queue.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.pictures", description=__doc__)
-    parser.add_argument("--broker", default="auto", metavar="auto|container|local")
+    parser.add_argument("--broker", default="auto", metavar="auto|container|local|cluster")
     options = parser.parse_args()
 
+    if options.broker == "cluster":
+        with closing(Cluster()) as cluster:
+            photograph_cluster(cluster, ROOT / "cluster")
+        return
     try:
         broker = start(options.broker)
     except NoBroker as error:

@@ -30,7 +30,7 @@ def main(channel):
     )
     channel.confirm_delivery()  # put_back waits until RabbitMQ has stored the task
     print(" [*] Waiting for tasks. To exit press CTRL+C")
-    if not worker.is_alive():  # it still is when the connection was lost and made again
+    if not worker.is_alive():  # after a reconnect, it is still alive
         worker.start()
 
 
@@ -46,7 +46,7 @@ def do_tasks():
     try:
         while True:
             do_task(*tasks.get())
-    except Exception as error:  # the output is closed or full, for example
+    except BaseException as error:  # the output is closed or full, for example
         print(f" [!] {error}", file=sys.stderr)
         os._exit(1)
 
@@ -58,15 +58,16 @@ def do_task(channel, method, properties, body):
     print(f" [x] Received '{text}'" + (" (redelivered)" if method.redelivered else ""))
     try:
         work(text)
+    except BaseException as error:  # SystemExit, too, which would end this thread
+        print(f" [!] '{text}' failed: {error!r}", file=sys.stderr)
+        time.sleep(1)  # or a task that always fails would be tried without a pause
+        answer = partial(put_back, channel, method, properties, body)
+    else:
         print(" [x] Done")
         answer = partial(channel.basic_ack, delivery_tag=method.delivery_tag)
-    except Exception as error:
-        print(f" [!] '{text}' failed and will be tried again: {error!r}", file=sys.stderr)
-        time.sleep(1)  # or a task that always fails would keep us busy with nothing else
-        answer = partial(put_back, channel, method, properties, body)
     if options.auto_ack or options.forget_ack:
         return
-    with suppress(AMQPError):  # the connection is lost, and the task is in its queue again
+    with suppress(AMQPError):  # if the connection is lost, the task is in its queue again
         # Only pika's thread may use the channel. This asks it to make the call.
         channel.connection.add_callback_threadsafe(answer)
 
@@ -78,10 +79,11 @@ def work(text):
 
 def put_back(channel, method, properties, body):
     """Send a failed task to the end of the queue, behind the tasks that wait there."""
+    properties.user_id = None  # RabbitMQ refuses the name of a user who is not the sender
     channel.basic_publish(
         exchange="", routing_key="task_queue", body=body, properties=properties, mandatory=True
     )
-    # Last: if we die before this, the task is in the queue twice, but it is never lost.
+    # Acknowledge last: if we crash before this, the task is in the queue twice, but not lost.
     channel.basic_ack(delivery_tag=method.delivery_tag)
 
 
@@ -90,7 +92,7 @@ worker = threading.Thread(target=do_tasks, daemon=True)
 
 
 def prefetch_count(text):
-    """Return the number, if AMQP has room for it."""
+    """Return the number. AMQP has 16 bits for it."""
     if not 0 <= int(text) <= 65535:
         raise ValueError
     return int(text)
@@ -112,12 +114,12 @@ def connect():
     """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
     try:
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
-    except Exception:  # its text is not shown: it may contain the password
+    except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # pika can try them all, but stops at a host name that has no address
+    for broker in brokers:  # one by one: given all, pika stops at a name without an address
         try:
             return pika.BlockingConnection(broker)
-        except Exception as error:  # one of pika's, of the socket's or of TLS
+        except Exception as error:  # an error of pika, of the socket or of TLS
             reason = repr(error)
             if "ACCESS_REFUSED" in reason or "NOT_ALLOWED" in reason:
                 raise  # wrong password, wrong virtual host
@@ -126,7 +128,7 @@ def connect():
 
 if __name__ == "__main__":
     options = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end it at once
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
         signal.signal(number, lambda number, frame: os._exit(0))
     fatal = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
     reported = ""
@@ -136,7 +138,7 @@ if __name__ == "__main__":
             with connect() as connection:
                 channel = connection.channel()
                 main(channel)
-                fatal = OSError  # It works. From now on, trouble with RabbitMQ may pass.
+                fatal = OSError  # It works. From now on, errors of RabbitMQ may be temporary.
                 channel.start_consuming()
                 raise AMQPError("RabbitMQ cancelled the consumer")
         except fatal as error:  # an OSError: the output is closed or full

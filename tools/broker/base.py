@@ -88,10 +88,10 @@ class Broker:
         return answer.json() if answer.content else None
 
     @contextlib.contextmanager
-    def virtual_host(self, name: str) -> Iterator[str]:
+    def virtual_host(self, name: str, **settings: str) -> Iterator[str]:
         """Make a virtual host, yield its AMQP URL, and delete it with all that is in it."""
         name = quote(name, safe="")
-        self.api("PUT", f"vhosts/{name}", {})
+        self.api("PUT", f"vhosts/{name}", settings)
         try:
             yield urlsplit(self.amqp_url)._replace(path=f"/{name}").geturl()
         finally:
@@ -114,6 +114,10 @@ class Broker:
         """Run rabbitmqctl on the node and return what it prints; CalledProcessError if it fails."""
         command = [*self.rabbitmqctl_command, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def sync(self) -> None:
+        """Write the declarations of queues to disk. RabbitMQ itself does it half a second later."""
+        self.rabbitmqctl("eval", "catch mnesia:sync_log(), [dets:sync(T) || T <- dets:all()].")
 
     def start(self) -> None:
         """Start the node, on the data that it has, and wait until it is ready."""

@@ -59,9 +59,9 @@ class Cluster(Broker):
         raise NoBroker("No node of the cluster answers")
 
     @contextlib.contextmanager
-    def virtual_host(self, name: str) -> Iterator[str]:
+    def virtual_host(self, name: str, **settings: str) -> Iterator[str]:
         """Make a virtual host, yield its AMQP URLs, one for each node, and delete it."""
-        with super().virtual_host(name):
+        with super().virtual_host(name, **settings):
             yield self.amqp_url.replace("%2F", name)
 
     def start(self, *nodes: str) -> None:

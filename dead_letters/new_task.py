@@ -1,0 +1,63 @@
+"""Send one task to the queue 'tasks'. A task is the name of a file: count its words."""
+
+import argparse
+import os
+import signal
+import sys
+
+import pika
+from pika.exceptions import AMQPConnectionError, AMQPError, UnroutableError
+
+
+def main():
+    options = parser.parse_args()
+    with connect() as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()  # basic_publish waits until RabbitMQ has stored the task
+        try:
+            channel.basic_publish(
+                exchange="",
+                routing_key="tasks",
+                body=os.fsencode(options.task),
+                properties=pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent),
+                mandatory=True,
+            )
+        except UnroutableError:  # the worker declares it, with all of its settings
+            sys.exit(" [!] There is no queue 'tasks': start a worker")
+    print(f" [x] Sent '{options.task}'")
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("task", metavar="FILE")
+
+
+# --- From here on, all producers are the same. The end of lesson 1 (hello_world) explains it. ---
+
+AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect():
+    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
+    try:
+        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+    except Exception:  # do not print this exception: it may contain the password
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    for broker in brokers:  # one by one: given all, pika stops at a name without an address
+        try:
+            return pika.BlockingConnection(broker)
+        except Exception as error:  # an error of pika, of the socket or of TLS
+            reason = repr(error)
+            if "ACCESS_REFUSED" in reason or "NOT_ALLOWED" in reason:
+                raise  # wrong password, wrong virtual host
+    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    try:
+        sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
+        main()
+    except (AMQPError, OSError) as error:  # an OSError: the output is closed or full
+        print(f" [!] {error}", file=sys.stderr)
+        os._exit(1)  # sys.exit would try again to write what could not be written

@@ -1,0 +1,91 @@
+"""List the tasks in the queue 'tasks.parked': what failed, when and why. Or send them back."""
+
+import argparse
+import os
+import signal
+import sys
+
+import pika
+from pika.exceptions import AMQPConnectionError, AMQPError
+
+
+def main():
+    options = parser.parse_args()
+    with connect() as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        parked = channel.queue_declare(queue="tasks.parked", passive=True)
+        for _ in range(parked.method.message_count):
+            method, properties, body = channel.basic_get(queue="tasks.parked")
+            if method is None:
+                break  # somebody else has the rest
+            show(properties.headers or {}, body)
+            if options.send_back:
+                send_back(channel, method, properties, body)
+    # The tasks that we have not acknowledged are in their queue again.
+
+
+def show(headers, body):
+    print(f" [x] '{body.decode(errors='backslashreplace')}'")
+    for failure in as_list(headers.get("failures")):  # the workers have written this
+        print(f"     {failure}")
+    for death in as_list(headers.get("x-death")):  # RabbitMQ has written this
+        if isinstance(death, dict) and death.get("queue") == "tasks":
+            print(f"     {death.get('time')} RabbitMQ: {death.get('reason')}")
+
+
+def as_list(header):
+    """Return a header that should be a list. Whoever sends a task can put anything into it."""
+    return header if isinstance(header, list) else []
+
+
+def send_back(channel, method, properties, body):
+    headers = (properties.headers or {}).items()
+    properties.headers = {name: value for name, value in headers if not name.startswith(NOTES)}
+    channel.basic_publish(
+        exchange="", routing_key="tasks", body=body, properties=properties, mandatory=True
+    )
+    # Acknowledge last: if we crash before this, the task is in both queues, but not lost.
+    channel.basic_ack(delivery_tag=method.delivery_tag)
+    print("     sent back")
+
+
+# The headers that were added here. With the old ones, RabbitMQ 3.10 would take the task for a
+# message that goes round in circles, and drop it.
+NOTES = ("failures", "x-death", "x-first-death-", "x-last-death-", "x-delivery-", "x-acquired-")
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--send-back", action="store_true", help="try them again, as if they were new")
+
+
+# --- From here on, all producers are the same. The end of lesson 1 (hello_world) explains it. ---
+
+AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect():
+    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
+    try:
+        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+    except Exception:  # do not print this exception: it may contain the password
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    for broker in brokers:  # one by one: given all, pika stops at a name without an address
+        try:
+            return pika.BlockingConnection(broker)
+        except Exception as error:  # an error of pika, of the socket or of TLS
+            reason = repr(error)
+            if "ACCESS_REFUSED" in reason or "NOT_ALLOWED" in reason:
+                raise  # wrong password, wrong virtual host
+    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    try:
+        sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
+        main()
+    except (AMQPError, OSError) as error:  # an OSError: the output is closed or full
+        print(f" [!] {error}", file=sys.stderr)
+        os._exit(1)  # sys.exit would try again to write what could not be written

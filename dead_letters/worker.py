@@ -1,0 +1,178 @@
+"""Do the tasks in the queue 'tasks'. One that fails is tried again later, and at last parked."""
+
+import argparse
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from functools import partial
+
+import pika
+from pika.exceptions import (
+    AMQPConnectionError,
+    AMQPError,
+    ChannelClosedByBroker,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
+
+
+def main(channel):
+    declare_queues(channel)
+    channel.basic_qos(prefetch_count=1)
+    channel.basic_consume(queue="tasks", on_message_callback=on_task)
+    channel.confirm_delivery()  # put_aside waits until RabbitMQ has stored the task
+    print(" [*] Waiting for tasks. To exit press CTRL+C")
+    if not worker.is_alive():  # after a reconnect, it is still alive
+        worker.start()
+
+
+def declare_queues(channel):
+    # Tasks wait here for a worker. One that has come back three times, because its worker died,
+    # is a dead letter: RabbitMQ moves it to 'tasks.parked'.
+    limit = {"x-delivery-limit": 2}  # it is delivered again this many times
+    arguments = dead_letters_to("tasks.parked") | limit
+    channel.queue_declare(queue="tasks", durable=True, arguments=arguments)
+    # Failed tasks wait here for three seconds. Then they are dead letters, too: RabbitMQ moves them
+    # back to 'tasks'.
+    delay = {"x-message-ttl": 3000}  # milliseconds
+    arguments = dead_letters_to("tasks") | delay
+    channel.queue_declare(queue="tasks.retry", durable=True, arguments=arguments)
+    # Here, tasks wait for a human. Each look at them is a delivery, so the limit must be high.
+    no_limit = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000}
+    channel.queue_declare(queue="tasks.parked", durable=True, arguments=no_limit)
+
+
+def dead_letters_to(other_queue):
+    """Return the settings of a queue that hands dead letters over to another queue."""
+    return {
+        "x-queue-type": "quorum",
+        "x-dead-letter-exchange": "",  # the default exchange
+        "x-dead-letter-routing-key": other_queue,
+        # RabbitMQ keeps a dead letter until the other queue has stored it.
+        "x-dead-letter-strategy": "at-least-once",
+        "x-overflow": "reject-publish",  # at-least-once needs this
+    }
+
+
+def on_task(channel, method, properties, body):
+    tasks.put((channel, method, properties, body))
+
+
+def do_tasks():
+    """Do one task after the other. This runs in a thread of its own, next to pika's."""
+    try:
+        while True:
+            do_task(*tasks.get())
+    except BaseException as error:  # the output is closed or full, for example
+        print(f" [!] {error}", file=sys.stderr)
+        os._exit(1)
+
+
+def do_task(channel, method, properties, body):
+    if channel.is_closed:
+        return  # RabbitMQ has put this task back into its queue, for another worker or for us
+    text = body.decode(errors="backslashreplace")
+    print(f" [x] Received '{text}'" + (" (redelivered)" if method.redelivered else ""))
+    try:
+        work(text)
+    except BaseException as error:  # SystemExit, too, which would end this thread
+        reason = f"{error!r:.200}"
+        answer = partial(put_aside, channel, method, properties, body, reason)
+    else:
+        print(" [x] Done")
+        answer = partial(channel.basic_ack, delivery_tag=method.delivery_tag)
+    with suppress(AMQPError):  # if the connection is lost, the task is in its queue again
+        # Only pika's thread may use the channel. This asks it to make the call.
+        channel.connection.add_callback_threadsafe(answer)
+
+
+def work(text):
+    """Put your own work here. It may take as long as it likes, and it may raise an exception."""
+    with open(text) as file:
+        print(f" [.] {len(file.read().split())} words")
+
+
+def put_aside(channel, method, properties, body, reason):
+    """Send a failed task to where it waits: for its next try, or after the last one for a human."""
+    headers = properties.headers or {}
+    now = time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime())
+    failures = [*as_list(headers.get("failures")), f"{now} {reason}"]  # one for each failed try
+    properties.headers = headers | {"failures": failures}
+    where = "tasks.retry" if len(failures) < options.tries else "tasks.parked"
+    channel.basic_publish(
+        exchange="", routing_key=where, body=body, properties=properties, mandatory=True
+    )
+    # Acknowledge last: if we crash before this, the task is in both queues, but not lost.
+    channel.basic_ack(delivery_tag=method.delivery_tag)
+    text = body.decode(errors="backslashreplace")
+    count = f"{len(failures)} of {options.tries}"
+    print(f" [!] '{text}' failed ({count}) and is in {where} now: {reason}", file=sys.stderr)
+
+
+def as_list(header):
+    """Return a header that should be a list. Whoever sends a task can put anything into it."""
+    return header if isinstance(header, list) else []
+
+
+tasks = queue.SimpleQueue()  # from pika's thread to the thread that works
+worker = threading.Thread(target=do_tasks, daemon=True)
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument(
+    "--tries",
+    type=int,
+    default=3,
+    metavar="N",
+    help="park a task when it has failed this many times",
+)
+
+
+# --- From here on, all consumers are the same. The end of lesson 1 (hello_world) explains it. ---
+
+AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+
+
+def connect():
+    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
+    try:
+        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+    except Exception:  # do not print this exception: it may contain the password
+        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+    for broker in brokers:  # one by one: given all, pika stops at a name without an address
+        try:
+            return pika.BlockingConnection(broker)
+        except Exception as error:  # an error of pika, of the socket or of TLS
+            reason = repr(error)
+            if "ACCESS_REFUSED" in reason or "NOT_ALLOWED" in reason:
+                raise  # wrong password, wrong virtual host
+    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
+
+
+if __name__ == "__main__":
+    options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
+        signal.signal(number, lambda number, frame: os._exit(0))
+    fatal = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
+    reported = ""
+    while True:
+        try:
+            sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
+            with connect() as connection:
+                channel = connection.channel()
+                main(channel)
+                fatal = OSError  # It works. From now on, errors of RabbitMQ may be temporary.
+                channel.start_consuming()
+                raise AMQPError("RabbitMQ cancelled the consumer")
+        except fatal as error:  # an OSError: the output is closed or full
+            print(f" [!] {error}", file=sys.stderr)
+            os._exit(1)  # sys.exit would try again to write what could not be written
+        except AMQPError as error:
+            if str(error) != reported:
+                print(f" [!] {error}; trying again every second", file=sys.stderr)
+            reported = str(error)
+        time.sleep(1)
