@@ -35,7 +35,7 @@ test-cluster: .venv/has-test
 promises: .venv/has-test
 	@$(VENV_PYTHON) -m pytest --collect-only -p no:terminal -o addopts= $(PYTEST_ARGS)
 
-bench: .venv/has-bench $(if $(findstring --alternatives,$(BENCH_ARGS)),.venv/has-alternatives)
+bench: .venv/has-bench $(if $(findstring alternatives,$(BENCH_ARGS)),.venv/has-alternatives)
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
 	@$(VENV_PYTHON) -m tools.bench --broker='$(BROKER)' $(BENCH_ARGS)
 

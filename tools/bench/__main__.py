@@ -19,8 +19,10 @@ from rich.progress import Progress, TimeElapsedColumn
 from tools.bench import report
 from tools.bench.alternatives import alternatives
 from tools.bench.measure import Bench, Table
-from tools.bench.parts import PARTS
+from tools.bench.parts import PARTS as OURS
 from tools.broker import NoBroker, start
+
+PARTS = {**OURS, "alternatives": alternatives}  # these only if they are asked for
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -31,7 +33,7 @@ def measured(bench: Bench, names: list[str], runs: int) -> Iterator[Table]:
         for name in names:
             task = shown.add_task(f"{name}: getting ready", total=None)
             try:
-                for table in (PARTS | {"alternatives": alternatives})[name](bench):
+                for table in PARTS[name](bench):
                     total = table.runs or runs
                     shown.update(task, total=total * len(table.ways), completed=0)
                     for _ in range(total):
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1, help="how many messages a run sends")
     parser.add_argument("--output", type=Path, default=Path("bench"), help="the folder to write")
     options = parser.parse_args()
-    names = options.parts or ([] if options.alternatives else list(PARTS))
+    names = options.parts or list(OURS)
     names += ["alternatives"] * options.alternatives
 
     for number in (signal.SIGINT, signal.SIGTERM):  # a job in the background has SIGINT ignored
