@@ -50,7 +50,7 @@ def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
         f"{os.cpu_count()} processors ({name or platform.machine()}), {memory:.0f} GB, "
-        f"{platform.system()} {platform.release()}"
+        f"{platform.system()} {platform.release().partition('-')[0]}"
     )
 
 
