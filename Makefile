@@ -8,7 +8,7 @@ PYTHON ?= python3
 BROKER ?= auto
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: help demo test test-cluster promises broker lint clean
+.PHONY: help demo test test-cluster promises bench broker lint clean
 
 help:
 	@echo 'make demo      play a part of each lesson'
