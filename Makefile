@@ -1,19 +1,21 @@
 # Each command installs what it needs: Python packages in .venv, and a broker.
 #   BROKER=auto|container|local|URL    where RabbitMQ comes from
 #   PYTEST_ARGS='-k rpc'               more options for pytest
+#   BENCH_ARGS='-k rpc'                more options for tools.bench
 #   PYTHON=python3.14                  the Python for a new .venv ("make clean" removes the old one)
 
 PYTHON ?= python3
 BROKER ?= auto
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: help demo test test-cluster promises broker lint clean
+.PHONY: help demo test test-cluster promises bench broker lint clean
 
 help:
 	@echo 'make demo      play a part of each lesson'
 	@echo 'make test      run the tests, three at a time'
 	@echo 'make test-cluster   run the tests of lesson 9, with three nodes in containers'
 	@echo 'make promises  list what the tests prove'
+	@echo 'make bench     measure how fast the scripts are, in ten minutes; BENCH_ARGS="-k rpc": in one'
 	@echo 'make broker    keep a RabbitMQ on localhost:5672 until Ctrl+C'
 	@echo 'make lint      check format, style, types and the files for Docker and GitHub'
 	@echo 'make clean     remove .venv and all caches'
@@ -33,6 +35,10 @@ test-cluster: .venv/has-test
 promises: .venv/has-test
 	@$(VENV_PYTHON) -m pytest --collect-only -p no:terminal -o addopts= $(PYTEST_ARGS)
 
+bench: .venv/has-bench $(if $(findstring alternatives,$(BENCH_ARGS)),.venv/has-alternatives)
+	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
+	@$(VENV_PYTHON) -m tools.bench --broker='$(BROKER)' $(BENCH_ARGS)
+
 broker: .venv/has-tools
 	@$(VENV_PYTHON) -m tools.broker --broker='$(BROKER)'
 
@@ -46,7 +52,7 @@ lint: .venv/has-lint
 clean:
 	rm -rf .venv .*_cache .hypothesis *.egg-info
 
-# The packages of one of the lists in pyproject.toml: tools, test or lint.
+# The packages of one of the lists in pyproject.toml: tools, test, lint, bench or alternatives.
 .venv/has-%: pyproject.toml | .venv/bin/pip
 	@echo 'Installing the Python packages for $*'
 	@.venv/bin/pip install -qq --disable-pip-version-check -e '.[$*]'
