@@ -18,6 +18,8 @@ from tools.bench.measure import Bench, Table
 from tools.bench.parts import PARTS, Part
 from tools.broker import Broker, NoBroker, virtual_host_of
 
+pytestmark = pytest.mark.speed
+
 TINY = 0.002  # of the messages of a real run
 ROW = re.compile(r"\| [^|]+( \| [\d,.]+)+ \|")
 

@@ -478,45 +478,26 @@ def test_nothing_keeps_it_from_ending(
     pipe.close()
 
 
+@pytest.mark.speed
 def test_it_is_twenty_times_as_fast_as_one_confirm_at_a_time(
     scripts: Scripts,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """With the default window of 1000. They take turns."""
-    path = numbered_lines(tmp_path, 40_000)
-    scripts.run(NEW_TASKS)
-    connection = pika.BlockingConnection(pika.URLParameters(scripts.amqp_url))
-    one_at_a_time = connection.channel()
-    one_at_a_time.confirm_delivery()
+    """With the default window of 1000, beside a window of 1. They take turns, and it is the best of
+    five: whatever else runs on the machine makes the larger window slower, and not the other."""
 
-    def rate_of_one_at_a_time() -> float:
-        begin = time.monotonic()
-        for _ in range(200):
-            one_at_a_time.basic_publish(
-                exchange="",
-                routing_key="task_queue",
-                body=b"12345",
-                properties=pika.BasicProperties(delivery_mode=2),
-                mandatory=True,
-            )
-        return 200 / (time.monotonic() - begin)
+    def rate(tasks: int, *options: str) -> float:
+        path = numbered_lines(tmp_path, tasks)
+        return float(re.findall(r"(\d+) per second\r", on_a_terminal(scripts, path, *options))[-1])
 
-    def rate_of_the_script() -> float:
-        return float(re.findall(r"(\d+) per second\r", on_a_terminal(scripts, path))[-1])
-
-    ratio = 0.0
-    for _ in range(5):  # as long as others keep the machine busy
-        slow, fast = rate_of_one_at_a_time(), rate_of_the_script()
-        ratio = max(ratio, fast / slow)
-        if ratio >= 20:
-            break
+    rounds = [(rate(1000, "--window=1"), rate(40_000)) for _ in range(5)]
+    slow, fast = max(rounds, key=lambda rates: rates[1] / rates[0])
     record_property(
-        "publishing one confirm at a time, and with a window of 1000",
+        "publishing with a window of 1 and of 1000",
         f"{slow:.0f} and {fast:.0f} tasks/s: {fast / slow:.0f} times",
     )
-    connection.close()
-    assert ratio >= 20
+    assert fast / slow >= 20
 
 
 def test_what_rabbitmq_refuses_is_one_line(

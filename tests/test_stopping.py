@@ -125,6 +125,7 @@ def test_a_script_that_waits_for_a_name_server_ends_at_once(
     (tmp_path / "sitecustomize.py").write_text(
         "import socket, sys, time\n"
         "def ask(*_, **__):\n"
+        "    time.sleep(0.2)  # until pika's thread waits for the answer\n"
         "    print('asking', file=sys.stderr, flush=True)\n"
         "    time.sleep(60)\n"
         "socket.getaddrinfo = ask\n"
