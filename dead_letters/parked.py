@@ -29,7 +29,8 @@ def show(headers, body):
     print(f" [x] '{body.decode(errors='backslashreplace')}'")
     for failure in as_list(headers.get("failures")):  # the workers have written this
         print(f"     {failure}")
-    for death in as_list(headers.get("x-death")):  # RabbitMQ has written this
+    # RabbitMQ has written this. The entries for the other queue are the waits between the tries.
+    for death in as_list(headers.get("x-death")):
         if isinstance(death, dict) and death.get("queue") == "tasks":
             print(f"     {death.get('time')} RabbitMQ: {death.get('reason')}")
 
