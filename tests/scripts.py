@@ -234,3 +234,20 @@ def replaced(url: str, user: str = "guest:guest", port: int | None = None, path:
     parts = urlsplit(url)
     place = f"{parts.hostname}:{port or parts.port}"
     return parts._replace(netloc=f"{user}@{place}", path=path or parts.path).geturl()
+
+
+@contextmanager
+def full_pipe() -> Iterator[int]:
+    """Give the end for writing of a pipe that is full, and that nobody reads."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    try:
+        while True:
+            os.write(write, b"x" * 512)
+    except BlockingIOError:
+        os.set_blocking(write, True)
+    try:
+        yield write
+    finally:
+        os.close(read)
+        os.close(write)

@@ -29,6 +29,7 @@ from tools.broker import Broker, eventually
 WORKER = "dead_letters/worker.py"
 WAITING = " [*] Waiting for tasks. To exit press CTRL+C"
 DONE = " [x] Done"
+RECEIVED = re.compile(r" \[x\] Received '(.*?)'( \(redelivered\))?")
 DELAY = 3  # seconds between two tries
 WORK = '    with open(text) as file:\n        print(f" [.] {len(file.read().split())} words")\n'
 ENOENT = "FileNotFoundError(2, 'No such file or directory')"
@@ -537,7 +538,7 @@ def test_failing_tasks_under_fire(
             if is_parked() | set(done) == set(tasks):
                 break
             continue
-        if found := re.fullmatch(r" \[x\] Received '(.*?)'( \(redelivered\))?", line):
+        if found := RECEIVED.fullmatch(line):
             in_hand[number] = found[1]
             tries[found[1]] += 1
         elif line == DONE:
@@ -559,9 +560,7 @@ def test_failing_tasks_under_fire(
         assert member.process.poll() is None
         member.stop()
     while not workers.lines.empty():  # what came while we looked at the parked ones
-        if found := re.fullmatch(
-            r" \[x\] Received '(.*?)'( \(redelivered\))?", workers.lines.get()[1]
-        ):
+        if found := RECEIVED.fullmatch(workers.lines.get()[1]):
             tries[found[1]] += 1
     final = pika.BlockingConnection(pika.URLParameters(scripts.amqp_url)).channel()
     left = parked(final)

@@ -21,7 +21,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import Basic
 
 from tests.proxy import ACK, PUBLISH, Proxy
-from tests.scripts import SECRET, Scripts, one_line, replaced
+from tests.scripts import SECRET, Scripts, full_pipe, one_line, replaced
 from tools import ROOT, environment
 from tools.broker import Broker, eventually, free_port, virtual_host_of
 
@@ -452,20 +452,13 @@ def test_nothing_keeps_it_from_ending(
     scripts: Scripts, tmp_path: Path, how: signal.Signals
 ) -> None:
     """Neither a broker that hangs nor output that is stuck, nor a second signal soon after."""
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    try:
-        while True:
-            os.write(write, b"x" * 512)
-    except BlockingIOError:
-        os.set_blocking(write, True)
     pipe = Pipe(tmp_path)
-    with closing(Proxy(scripts.amqp_url, lambda *_: False)) as silent:
+    with full_pipe() as stuck, closing(Proxy(scripts.amqp_url, lambda *_: False)) as silent:
         process = subprocess.Popen(
             [sys.executable, ROOT / NEW_TASKS, pipe.path],
             env=environment(silent.url),
-            stdout=write,
-            stderr=write,
+            stdout=stuck,
+            stderr=stuck,
         )
         eventually(lambda: silent.connections == 1, "it connects")
         begin = time.monotonic()
@@ -473,8 +466,6 @@ def test_nothing_keeps_it_from_ending(
         process.send_signal(how)
         assert process.wait(20) == 128 + how
         assert time.monotonic() - begin < 1
-    for end in (read, write):
-        os.close(end)
     pipe.close()
 
 

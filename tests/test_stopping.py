@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from tests.scripts import (
     Script,
     Scripts,
     consumer,
+    full_pipe,
     replaced,
     start,
 )
@@ -148,23 +147,6 @@ def test_a_second_signal_that_follows_at_once_changes_nothing(
         for script in [*producers, *(consumer(scripts, name) for name in CONSUMERS)]:
             script.process.send_signal(how)
             ends_at_once(script, how)
-
-
-@contextmanager
-def full_pipe() -> Iterator[int]:
-    """Give the end for writing of a pipe that is full, and that nobody reads."""
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    try:
-        while True:
-            os.write(write, b"x" * 512)
-    except BlockingIOError:
-        os.set_blocking(write, True)
-    try:
-        yield write
-    finally:
-        os.close(read)
-        os.close(write)
 
 
 def is_stuck(script: Script) -> bool:

@@ -184,9 +184,7 @@ class Bench:
     @contextmanager
     def virtual_host(self, name: str, kind: str = "classic") -> Iterator[str]:
         """Make a virtual host where queues that are declared without a type are of this kind."""
-        with self.broker.virtual_host(f"bench-{name}") as url:
-            settings = {"default_queue_type": kind}
-            self.broker.api("PUT", f"vhosts/{virtual_host_of(url)}", settings)
+        with self.broker.virtual_host(f"bench-{name}", default_queue_type=kind) as url:
             yield url
 
     def kinds(self) -> tuple[str, ...]:
