@@ -27,11 +27,11 @@ def test_consumers_outlive_a_broker_restart(
     """Each says in one line that the broker is lost, waits, and goes on by itself; so does one
     that starts before the broker. A worker and a server in the middle of their work do, too."""
     late = {name: consumer(scripts, name) for name in CONSUMERS}
-    scripts.run("work_queues/new_task.py", "task.....")
-    late[WORKER].expect(" [x] Received 'task.....'")
     client = scripts.start("rpc/rpc_client.py", "--timeout", "60", *["33"] * 10)
     late[SERVER].expect(" [.] fib(33)")
     own_broker.sync()
+    scripts.run("work_queues/new_task.py", "task........")
+    late[WORKER].expect(" [x] Received 'task........'")
 
     getattr(own_broker, end)()
     try:
@@ -65,7 +65,7 @@ def test_consumers_outlive_a_broker_restart(
     messages = {f" [x] Received 'message {i}'" for i in range(2)}
     eventually(lambda: messages <= printed_by(RECEIVE), "both messages are printed")
     tasks = {f" [x] Received 'task {i}'" for i in range(2)}
-    tasks |= {" [x] Received 'task.....' (redelivered)"}
+    tasks |= {" [x] Received 'task........' (redelivered)"}
     eventually(lambda: tasks <= printed_by(WORKER), "all tasks are done, that in hand once more")
     for name, line in ((LOGS, " [x] log"), (DIRECT, " [x] info:log"), (TOPIC, " [x] info:log")):
         late[name].expect(line)

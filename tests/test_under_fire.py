@@ -144,6 +144,7 @@ def test_tasks_under_fire(
     workers = Crew(scripts, 4, "work_queues/worker.py")
     for worker in workers.members:
         worker.expect(" [*] Waiting for tasks. To exit press CTRL+C")
+    own_broker.sync()  # the first kill comes soon
     in_hand: dict[int, str] = {}
     lines = 0
     outages = 0
