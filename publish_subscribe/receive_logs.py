@@ -19,7 +19,7 @@ from pika.exceptions import (
 def main(channel):
     channel.exchange_declare(exchange="logs", exchange_type="fanout")
 
-    # A queue of our own. RabbitMQ makes up its name, because we give none. It is exclusive:
+    # A queue of our own. RabbitMQ chooses its name, because we give none. It is exclusive:
     # nobody else can read from it, and RabbitMQ deletes it when our connection ends.
     queue = channel.queue_declare(queue="", exclusive=True).method.queue
 
@@ -27,7 +27,7 @@ def main(channel):
     channel.queue_bind(queue=queue, exchange="logs")
     channel.basic_consume(queue=queue, on_message_callback=on_log, auto_ack=True)
 
-    # On standard error: standard output may go to a file, and then only logs belong there.
+    # This goes to standard error, so that a file with the standard output has only log lines.
     print(" [*] Waiting for logs. To exit press CTRL+C", file=sys.stderr)
 
 

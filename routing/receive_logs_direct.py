@@ -1,4 +1,4 @@
-"""Print each log line of these severities that is sent from now on."""
+"""Print each log line that is sent from now on and has one of the given severities."""
 
 import argparse
 import os

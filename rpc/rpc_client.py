@@ -23,16 +23,16 @@ class RpcError(AMQPError):
 class FibonacciRpcClient:
     """A connection with one callback queue, which takes the answers to all calls.
 
-    Use it in a `with` statement and in one thread. Its methods raise AMQPError when the connection
-    is lost. RabbitMQ also closes it if no method is called for two to three heartbeats, which is a
-    few minutes.
+    Use it in a `with` statement and in one thread only. Its methods raise AMQPError when the
+    connection is lost. This also happens if you call no method for a few minutes: the client sends
+    no heartbeats then, so RabbitMQ closes the connection.
     """
 
     def __init__(self):
         self.connection = connect()
         self.connection.add_on_connection_blocked_callback(self.on_blocked)
         self.connection.add_on_connection_unblocked_callback(self.on_unblocked)
-        self.blocked = False  # RabbitMQ is short of memory or disk, and reads nothing from us
+        self.blocked = False  # whether RabbitMQ, short of memory or disk, reads nothing from us
         self.channel = self.connection.channel()
         self.channel.add_on_return_callback(self.on_return)
         self.callback_queue = self.channel.queue_declare(queue="", exclusive=True).method.queue
@@ -47,8 +47,8 @@ class FibonacciRpcClient:
     def call_many(self, numbers, timeout=10):
         """Return the Fibonacci numbers of all these numbers, in the same order.
 
-        The timeout is in seconds, for all of them together. Raises TimeoutError when this time is
-        over, and RpcError for the first error among the answers.
+        The timeout, in seconds, is for the whole call. Raises TimeoutError when this time is over,
+        and RpcError if an answer is an error or nonsense.
         """
         if not 0 < timeout < 2**32 / 1000:  # an expiration has 32 bits, in ms
             raise ValueError("timeout must be more than 0 and less than 4294967 seconds")
@@ -114,7 +114,7 @@ class FibonacciRpcClient:
         return self
 
     def __exit__(self, *error):
-        # close() waits for RabbitMQ's answer. If RabbitMQ is blocked, that could take forever.
+        # close() waits for an answer. If RabbitMQ reads nothing from us, that could take forever.
         closing = threading.Thread(target=self.close, daemon=True)
         closing.start()
         closing.join(timeout=1)

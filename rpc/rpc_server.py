@@ -53,8 +53,8 @@ def answer(body):
 def fib(n):
     """Return the n-th Fibonacci number, slowly on purpose: it stands for expensive work.
 
-    fib(40) takes ten seconds or more. Work of minutes needs a second thread, as in worker.py in
-    lesson 2.
+    fib(40) takes ten seconds or more. Work that takes minutes needs a second thread, as in
+    worker.py of lesson 2.
     """
     return n if n < 2 else fib(n - 1) + fib(n - 2)
 

@@ -77,7 +77,7 @@ MALFORMED = [
 def test_a_malformed_url_is_one_line(scripts: Scripts) -> None:
     """The line says what an AMQP URL is like; it does not show the one that is wrong. Each script
     gets one of them, and new_tasks.py, which reads the URL in a way of its own, gets all."""
-    pairs = [*zip(SCRIPTS, cycle(MALFORMED)), *((OTHERS[0], url) for url in MALFORMED)]  # noqa: B905
+    pairs = [*zip(SCRIPTS, cycle(MALFORMED)), *((OTHERS[0], url) for url in MALFORMED)]
     for started in [start(scripts, name, amqp_url=url) for name, url in pairs]:
         line = one_line(started)
         assert line == " [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host"

@@ -1,4 +1,4 @@
-"""Send one log line to all receivers with a pattern that fits its routing key."""
+"""Send one log line, with a routing key, to all receivers whose pattern fits this key."""
 
 import argparse
 import os

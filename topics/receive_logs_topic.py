@@ -1,4 +1,4 @@
-"""Print each log line that fits one of these patterns, such as kern.* or #.critical."""
+"""Print each log line whose routing key fits a given pattern, such as kern.* or #.critical."""
 
 import argparse
 import os

@@ -40,7 +40,7 @@ def give_up():
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("task", nargs="*", default=["Hello..."], metavar="TASK")
-parser.add_argument("--transient", action="store_true", help="a restart of RabbitMQ may lose it")
+parser.add_argument("--transient", action="store_true", help="a restart may lose the task")
 
 
 # --- From here on, all producers are the same. The end of lesson 1 (hello_world) explains it. ---

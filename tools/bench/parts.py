@@ -103,9 +103,9 @@ def publishing(bench: Bench) -> Iterator[Table]:
         yield Table(
             "publishing",
             "Publishing: what a confirm costs",
-            "Persistent tasks of 10 bytes to one classic queue. `new_task.py` is one process for "
-            "each task. `new_tasks.py` sends on while no more tasks than its window are "
-            "unconfirmed. The others are programs with pika's BlockingConnection.",
+            "The tasks are persistent, have 10 bytes, and go to one classic queue. `new_task.py` "
+            "needs a new process for each task. `new_tasks.py` waits only when as many tasks as "
+            "its window are unconfirmed. The other ways use pika's BlockingConnection.",
             "tasks/s",
             {
                 "BlockingConnection, a confirm after each": partial(
@@ -181,8 +181,8 @@ def working(bench: Bench) -> Iterator[Table]:
         yield Table(
             "working",
             "Working: what an acknowledgement costs",
-            "One `worker.py` does empty tasks that wait in the queue, and prints two lines for "
-            "each. With `--in-callback`, the prefetch is 1.",
+            "Many tasks wait in the queue, and they need no work. One `worker.py` does them, and "
+            "prints two lines for each task. With `--in-callback`, the prefetch is 1.",
             "tasks/s",
             {
                 f"{kind} queue, {options}": partial(
@@ -222,14 +222,16 @@ def rpc(bench: Bench) -> Iterator[Table]:
         yield Table(
             "rpc",
             "RPC: cheap calls",
-            "fib(5), with the class `FibonacciRpcClient` and `rpc_server.py`.",
+            'The class `FibonacciRpcClient` asks `rpc_server.py` for fib(5). "10 in flight" means '
+            "that up to 10 requests wait for their answers at the same time.",
             "calls/s",
             ways,
         )
         yield Table(
             "rpc-expensive",
             "RPC: expensive calls",
-            "fib(25), which keeps a processor busy for about 20 milliseconds; 10 in flight.",
+            "The same for fib(25), which takes a processor about 20 milliseconds. Up to 10 "
+            "requests wait for their answers.",
             "calls/s",
             {
                 "one server": partial(call, one, 25, n(40), "--in-flight", "10"),
@@ -252,8 +254,8 @@ def logs(bench: Bench) -> Iterator[Table]:
         yield Table(
             "logs",
             "Logs: one emitter, several receivers",
-            "Log lines that one BlockingConnection sends to the exchange `logs`, until each "
-            "`receive_logs.py` has printed all of them.",
+            "One BlockingConnection sends log lines to the exchange `logs`. The time ends when "
+            "each `receive_logs.py` has printed all of them.",
             "lines/s",
             ways,
         )
@@ -284,8 +286,8 @@ def growth(bench: Bench) -> Iterator[Table]:
         yield Table(
             "growth",
             "How it grows: tasks in the queue",
-            "`new_tasks.py --window 1000` and `worker.py --prefetch 100` with a classic queue in "
-            "which so many tasks wait already.",
+            "`new_tasks.py --window 1000` and `worker.py --prefetch 100`, with a classic queue in "
+            "which some tasks already wait. The first column says how many.",
             "tasks/s",
             dict(sorted(ways.items(), key=lambda way: way[0].split(", ")[0])),
             group=3,
@@ -293,7 +295,8 @@ def growth(bench: Bench) -> Iterator[Table]:
         yield Table(
             "memory",
             "How it grows: memory",
-            "The most that a script has used, and what RabbitMQ says that it uses.",
+            "For the script: the largest amount of memory that it used. For RabbitMQ: the amount "
+            "that RabbitMQ itself reports.",
             "MB",
             {name: partial(float, value) for name, value in memory.items()},
             runs=1,

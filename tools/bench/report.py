@@ -19,9 +19,10 @@ FIRST_LINES = """\
 `make bench` measures this on your own computer. The figures here are from one run of it. Other
 computers have other figures: compare the ratios.
 
-Each way to do something is run several times, in turn with the others. A table shows the minimum,
-the median and the maximum of its runs. A ratio compares a way with the first one of its table, or
-of its colour in the chart, within one turn. The table shows the median of these ratios.
+Each line of a table is one way to do something. In each turn, every way of the table is run once.
+There are several turns, and the table shows the minimum, the median and the maximum of each way.
+The ratio says how many times as fast a way is as the first way of its table, or as the first one
+with the same colour in the chart. It is calculated for each turn, and the table shows the median.
 """
 
 

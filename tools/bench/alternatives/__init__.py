@@ -38,12 +38,13 @@ def alternatives(bench: Bench) -> Iterator[Table]:
         yield Table(
             "alternatives-publishing",
             "Other clients: publishing",
-            "Persistent, mandatory and confirmed tasks of 10 bytes, to one classic queue; Celery's "
-            "have a form of their own. Each client has advantages that no table shows. aio-pika "
-            "and FastStream are for programs with asyncio, and reconnect by themselves; FastStream "
-            "also checks messages against types. With amqpstorm, any thread may use a channel. "
-            "kombu can also talk to other brokers than RabbitMQ. Celery is a complete system: it "
-            "has retries, schedules, results, and a process for each processor.",
+            "The tasks are persistent, mandatory and confirmed, have 10 bytes, and go to one "
+            "classic queue. (Celery's tasks have their own format.) Each client has advantages "
+            "that no table shows. aio-pika and FastStream are for programs with asyncio, and "
+            "reconnect by themselves. FastStream also checks that the data in a message have the "
+            "right types. In amqpstorm, any thread may use a channel. kombu also works with "
+            "brokers other than RabbitMQ. Celery is a complete system, with retries, schedules "
+            "and results. It starts one process for each processor.",
             "tasks/s",
             {
                 "pika, BlockingConnection": partial(send_plainly, queue, n(400), "--confirm"),
@@ -81,7 +82,8 @@ def alternatives(bench: Bench) -> Iterator[Table]:
             yield Table(
                 f"alternatives-working-{prefetch}",
                 f"Other clients: working with a prefetch of {prefetch}",
-                "Empty tasks from one classic queue, acknowledged after the work.",
+                "The workers get tasks without any work from one classic queue, and acknowledge "
+                "each task when it is done.",
                 "tasks/s",
                 ways,
             )
