@@ -31,7 +31,7 @@ test: .venv/has-test
 	$(VENV_PYTHON) -m pytest -n 3 --dist=worksteal --broker='$(BROKER)' $(PYTEST_ARGS)
 
 test-cluster: .venv/has-test
-	$(VENV_PYTHON) -m pytest -m 'cluster and not speed' --broker=container $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -m 'cluster and not speed' -n 3 --dist=loadfile --broker=container $(PYTEST_ARGS)
 
 test-speed: .venv/has-test .venv/has-alternatives
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'

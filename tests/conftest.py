@@ -17,7 +17,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 from tests.scripts import Scripts
-from tools.broker import Broker, NoBroker, check, start
+from tools.broker import Broker, Cluster, NoBroker, check, container_problem, start
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -106,15 +106,36 @@ def own_broker(broker: Broker) -> Broker:
     return broker
 
 
+@pytest.fixture(scope="session")
+def containers(pytestconfig: pytest.Config) -> None:
+    """Skip where there are none."""
+    choice = pytestconfig.option.broker
+    problem = container_problem() if choice in ("auto", "container") else f"--broker={choice}"
+    if problem:
+        pytest.skip(f"needs containers: {problem}")
+
+
+@pytest.fixture(scope="session")
+def cluster(containers: None) -> Iterator[Cluster]:  # noqa: ARG001
+    """The three nodes of this process, for all of its tests with the marker `cluster`."""
+    with closing(Cluster()) as started:
+        started.start()
+        yield started
+
+
 @pytest.fixture
 def amqp_url(
-    broker: Broker, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
 ) -> Iterator[str]:
     """The URL of a new virtual host, named after the test and its process."""
+    cluster = request.node.get_closest_marker("cluster")
+    broker: Broker = request.getfixturevalue("cluster" if cluster else "broker")
     record_property("broker", str(broker))
     name = re.sub(r"\W+", "-", request.node.name)[:100].strip("-")
     with broker.virtual_host(f"{name}-{os.getpid()}") as url:
         yield url
+        if cluster:
+            broker.start()  # the nodes that the test has killed
 
 
 @pytest.fixture

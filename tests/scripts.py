@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import queue
+import random
 import re
 import signal
 import subprocess
@@ -48,6 +50,7 @@ NEEDED = {  # the arguments that a script cannot do without
 }
 SCRIPTS = [*PRODUCERS, *CONSUMERS, *OTHERS]
 SECRET = "s3cr3t-pässword"
+PATIENCE = 30  # seconds without a single line, after which something has been lost or hangs
 NO_BROKER = " [!] No RabbitMQ answers (docker compose up -d starts one): "
 
 
@@ -201,21 +204,78 @@ class Scripts:
             script.kill()
 
 
+class Crew:
+    """Scripts of one kind. Whoever is killed is replaced; the lines of all come in one queue."""
+
+    def __init__(self, scripts: Scripts, size: int, *command: str) -> None:
+        self.scripts = scripts
+        self.command = command
+        self.lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        self.everyone: list[Script] = []  # those killed, too
+        self.killed = 0
+        self.members = [self.start() for _ in range(size)]
+
+    def start(self, *more: str) -> Script:
+        """Start one more, whose lines come with its number, counted from 1."""
+        number = len(self.everyone) + 1
+        command = [sys.executable, *self.command, *more]
+        script = Script(
+            command,
+            environment(self.scripts.amqp_url),
+            echo=lambda line: self.lines.put((number, line)),
+        )
+        self.scripts.started.append(script)  # which kills it at last
+        self.everyone.append(script)
+        return script
+
+    def kill_one(self, rng: random.Random) -> None:
+        """Kill one that serves, or else one that is just starting, and start another."""
+        serving = [member for member in self.members if member.out.seen]
+        victim = rng.choice(serving or self.members)
+        victim.kill()
+        self.members[self.members.index(victim)] = self.start()
+        self.killed += 1
+
+    def complaints(self) -> list[str]:
+        """Return what was printed on standard error, but for that RabbitMQ is away."""
+        return [
+            line
+            for script in self.everyone
+            for line in script.err.seen
+            if not re.fullmatch(r" \[!\] .+; trying again every second", line)
+        ]
+
+    def read(self) -> Iterator[tuple[int, str]]:
+        """Give number and line for each line printed, until none comes for a long time."""
+        while True:
+            try:
+                yield self.lines.get(timeout=PATIENCE)
+            except queue.Empty:
+                return
+
+
 def start(scripts: Scripts, name: str, amqp_url: str | None = None) -> Script:
     """Start a script with the arguments that it needs."""
     return scripts.start(name, *NEEDED.get(name, []), amqp_url=amqp_url)
 
 
-def expect_waiting(script: Script, name: str, count: int = 1) -> None:
-    """Wait until a consumer says that it consumes; those of logs say so on standard error."""
-    expect = script.expect_error if "logs" in CONSUMERS[name] else script.expect
-    expect(CONSUMERS[name], count=count, timeout=30)
+def stream_of(script: Script) -> tuple[Lines, str]:
+    """Return the stream in which a consumer says that it waits, and the line that says so."""
+    line = next(line for path, line in CONSUMERS.items() if Path(path).name == script.path.name)
+    return (script.err if "logs" in line else script.out), line
+
+
+def expect_waiting(script: Script, count: int = 1) -> None:
+    """Wait until a consumer has said so often that it waits."""
+    stream, line = stream_of(script)
+    expect = script.expect if stream is script.out else script.expect_error
+    expect(line, count=count, timeout=30)
 
 
 def consumer(scripts: Scripts, name: str, amqp_url: str | None = None) -> Script:
     """Start a consumer and wait until it consumes."""
     started = start(scripts, name, amqp_url)
-    expect_waiting(started, name)
+    expect_waiting(started)
     return started
 
 

@@ -199,7 +199,7 @@ def test_each_script_runs_alone_with_pika_alone(scripts: Scripts, tmp_path: Path
         running[name] = Script(command, env, cwd=folder)
         scripts.started.append(running[name])
         if name in CONSUMERS:
-            expect_waiting(running[name], name)
+            expect_waiting(running[name])
         else:
             assert running[name].wait() == 0, str(running[name])
     for name, line in {

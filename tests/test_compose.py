@@ -7,7 +7,7 @@ import pytest
 import requests
 
 from tests.scripts import Scripts
-from tools.broker import Broker, Container
+from tools.broker import Broker, Container, remains
 
 
 @pytest.fixture
@@ -49,13 +49,6 @@ def test_nothing_is_left_of_a_broker_that_is_closed() -> None:
     """Its container, its volume and its network are removed."""
     another = Container()
     project = another.settings["COMPOSE_PROJECT_NAME"]
-
-    def parts() -> list[str]:
-        mine = f"label=com.docker.compose.project={project}"
-        kinds = (["ps", "-a"], ["volume", "ls"], ["network", "ls"])
-        commands = (["docker", *kind, "-q", "--filter", mine] for kind in kinds)
-        return [subprocess.check_output(command, text=True) for command in commands]
-
-    assert all(parts())
+    assert all(remains(project))
     another.close()
-    assert not any(parts())
+    assert not any(remains(project))

@@ -21,8 +21,7 @@ from pika.exceptions import AMQPError
 from pika.spec import BasicProperties
 
 from tests.proxy import ACK, PUBLISH, Proxy
-from tests.scripts import Script, Scripts
-from tests.test_under_fire import Crew
+from tests.scripts import Crew, Script, Scripts
 from tools import ROOT
 from tools.broker import Broker, eventually
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import textwrap
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tools import ROOT, TIMEOUT, environment
-from tools.broker import Broker
+from tools.broker import Broker, Cluster, remains
 from tools.lesson import README, LessonError, blocks, lessons, steps, without_docker
 from tools.player import NeedsDocker, Player, play
 
@@ -131,7 +132,7 @@ def name(document: Path) -> str:
     return str(document.relative_to(ROOT))
 
 
-CLUSTER = ROOT / "cluster" / "README.md"  # played by tests/test_cluster.py
+CLUSTER = ROOT / "cluster" / "README.md"
 each_document = pytest.mark.parametrize("document", [README, *lessons()], ids=name)
 
 
@@ -149,6 +150,26 @@ def test_what_the_terminals_show_is_what_happens(document: Path, broker: Broker)
         play(story, broker, timeout=60)
     except NeedsDocker as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("containers")
+def test_what_the_terminals_show_is_what_happens_on_a_cluster() -> None:
+    """Lesson 9 is played from its first command, which starts three nodes, to its last one, which
+    removes them with their data."""
+    with closing(Cluster()) as cluster:
+        play(steps(CLUSTER), cluster, timeout=60)
+        assert not any(remains(cluster.settings["COMPOSE_PROJECT_NAME"]))
+
+
+def test_the_addresses_of_the_cluster_are_those_of_its_nodes() -> None:
+    """The line that a reader types in lesson 9 has the ports that the nodes have by default."""
+    compose_file = CLUSTER.with_name("docker-compose.yml").read_text()
+    ports = re.findall(r"RABBIT\d_PORT:-(\d+)", compose_file)
+    line = "export AMQP_URL=" + ",".join(f"amqp://localhost:{port}" for port in ports)
+    assert len(ports) == 3
+    assert f"\n{line}\n" in CLUSTER.read_text()
 
 
 @each_document

@@ -124,7 +124,7 @@ def test_ours_receives_what_theirs_sends(
     """The published script is the producer, and has made its declarations before ours."""
     pair.declare(channel)
     ours = scripts.start(pair.consumer, *pair.wants)
-    expect_waiting(ours, pair.consumer)
+    expect_waiting(ours)
     pair.declare(channel)
     channel.basic_publish(
         exchange=pair.exchange,
@@ -150,7 +150,7 @@ def test_theirs_receives_what_ours_sends(
 def test_our_server_answers_their_client(scripts: Scripts, channel: BlockingChannel) -> None:
     """Its request has an address for the answer and a correlation id, and no type."""
     server = scripts.start("rpc/rpc_server.py")
-    expect_waiting(server, "rpc/rpc_server.py")
+    expect_waiting(server)
     callback_queue = channel.queue_declare(queue="", exclusive=True).method.queue
     properties = pika.BasicProperties(reply_to=callback_queue, correlation_id="theirs")
     channel.basic_publish(exchange="", routing_key="rpc_queue", properties=properties, body=b"10")

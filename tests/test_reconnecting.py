@@ -43,8 +43,8 @@ def test_consumers_outlive_a_broker_restart(
         own_broker.start()
 
     for name in CONSUMERS:
-        expect_waiting(late[name], name, count=2)
-        expect_waiting(early[name], name)
+        expect_waiting(late[name], count=2)
+        expect_waiting(early[name])
     for script in [*late.values(), *early.values()]:
         script.expect_error(LOST)
         told = [line for line in script.err.seen if line.startswith(" [!]")]
@@ -82,9 +82,9 @@ def test_a_channel_that_the_broker_closes_is_opened_again(scripts: Scripts) -> N
     ) as proxy:
         consumers = {name: consumer(scripts, name, proxy.url) for name in CONSUMERS}
         proxy.say(error)
-        for name, script in consumers.items():
+        for script in consumers.values():
             script.expect_error(told)
-            expect_waiting(script, name, count=2)
+            expect_waiting(script, count=2)
 
 
 def test_a_connection_that_an_administrator_closes_is_made_again(
@@ -99,9 +99,9 @@ def test_a_connection_that_an_administrator_closes_is_made_again(
     )[0]
     for connection in found:
         broker.api("DELETE", f"connections/{connection['name']}")
-    for name, script in consumers.items():
+    for script in consumers.values():
         script.expect_error(re.compile(r" \[!\] .*CONNECTION_FORCED.*; trying again every second"))
-        expect_waiting(script, name, count=2)
+        expect_waiting(script, count=2)
 
 
 def test_a_queue_that_is_deleted_is_declared_again(
@@ -114,7 +114,7 @@ def test_a_queue_that_is_deleted_is_declared_again(
     for times in (2, 3):
         for name, script in consumers.items():
             channel.queue_delete(queues[name])
-            expect_waiting(script, name, count=times)
+            expect_waiting(script, count=times)
     cancelled = " [!] RabbitMQ cancelled the consumer; trying again every second"
     for script in consumers.values():
         assert script.err.seen == [cancelled]
@@ -207,5 +207,5 @@ def test_a_connection_that_is_lost_while_it_is_made_is_no_wrong_password(scripts
             losing.append(name)
             script = start(scripts, name, proxy.url)
             script.expect_error(LOST)
-            expect_waiting(script, name)
+            expect_waiting(script)
             script.stop()

@@ -8,16 +8,16 @@ and a busy machine changes how long a test takes, not what it does.
 from __future__ import annotations
 
 import json
-import queue
 import random
 import re
-import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 import pika
@@ -27,61 +27,15 @@ from hypothesis import strategies as st
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import BasicProperties
 
-from tests.scripts import CONSUMERS, Script, Scripts, consumer
-from tools import TIMEOUT, environment
-from tools.broker import Broker, eventually
+from tests.scripts import CONSUMERS, Crew, Script, Scripts, consumer, expect_waiting, stream_of
+from tools import TIMEOUT
+from tools.broker import Broker, Cluster, eventually, virtual_host_of
 
-PATIENCE = 30  # seconds without a single line, after which something has been lost or hangs
-
-
-class Crew:
-    """Scripts of one kind. Whoever is killed is replaced; the lines of all come in one queue."""
-
-    def __init__(self, scripts: Scripts, size: int, *command: str) -> None:
-        self.scripts = scripts
-        self.command = command
-        self.lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-        self.everyone: list[Script] = []  # those killed, too
-        self.killed = 0
-        self.members = [self.start() for _ in range(size)]
-
-    def start(self, *more: str) -> Script:
-        """Start one more, whose lines come with its number, counted from 1."""
-        number = len(self.everyone) + 1
-        command = [sys.executable, *self.command, *more]
-        script = Script(
-            command,
-            environment(self.scripts.amqp_url),
-            echo=lambda line: self.lines.put((number, line)),
-        )
-        self.scripts.started.append(script)  # which kills it at last
-        self.everyone.append(script)
-        return script
-
-    def kill_one(self, rng: random.Random) -> None:
-        """Kill one that serves, or else one that is just starting, and start another."""
-        serving = [member for member in self.members if member.out.seen]
-        victim = rng.choice(serving or self.members)
-        victim.kill()
-        self.members[self.members.index(victim)] = self.start()
-        self.killed += 1
-
-    def complaints(self) -> list[str]:
-        """Return what was printed on standard error, but for that RabbitMQ is away."""
-        return [
-            line
-            for script in self.everyone
-            for line in script.err.seen
-            if not re.fullmatch(r" \[!\] .+; trying again every second", line)
-        ]
-
-    def read(self) -> Iterator[tuple[int, str]]:
-        """Give number and line for each line printed, until none comes for a long time."""
-        while True:
-            try:
-                yield self.lines.get(timeout=PATIENCE)
-            except queue.Empty:
-                return
+RECEIVED = re.compile(r" \[x\] Received '(.*?)'( \(redelivered\))?")
+DONE = " [x] Done"
+FIBONACCI = [0, 1]
+while len(FIBONACCI) <= 35:
+    FIBONACCI.append(FIBONACCI[-2] + FIBONACCI[-1])
 
 
 @pytest.mark.timeout(400)  # three brokers that are slow to start
@@ -155,11 +109,10 @@ def test_tasks_under_fire(
         ]
         try:
             for worker_number, line in workers.read():
-                received = re.fullmatch(r" \[x\] Received '(.*)'( \(redelivered\))?", line)
-                if received:
+                if received := RECEIVED.fullmatch(line):
                     in_hand[worker_number] = received[1]
                     redelivered += bool(received[2])
-                elif line == " [x] Done":
+                elif line == DONE:
                     task = in_hand.pop(worker_number)
                     done[task] += 1
                     if done[task] == 1:
@@ -231,9 +184,6 @@ def test_rpc_under_fire(scripts: Scripts, record_property: Callable[[str, object
     another.
     """
     rng = random.Random(3)
-    fibonacci = [0, 1]
-    while len(fibonacci) <= 35:
-        fibonacci.append(fibonacci[-2] + fibonacci[-1])
     kill_at = set(rng.sample(range(160), 20))  # 180 calls or more are computed: see RPC_CLIENT
 
     servers = Crew(scripts, 3, "rpc/rpc_server.py")
@@ -261,7 +211,7 @@ def test_rpc_under_fire(scripts: Scripts, record_property: Callable[[str, object
                 timed_out += len(numbers)
                 given_up += timeout == 20
             else:
-                good = [fibonacci[n] == result for n, result in zip(numbers, results, strict=True)]
+                good = [FIBONACCI[n] == result for n, result in zip(numbers, results, strict=True)]
                 right += sum(good)
                 wrong += len(good) - sum(good)
     record_property(
@@ -277,6 +227,145 @@ def test_rpc_under_fire(scripts: Scripts, record_property: Callable[[str, object
     assert servers.killed >= 15
     assert all(server.err.seen == [] for server in servers.everyone)
     assert all(server.process.poll() is None for server in servers.members)
+
+
+# One call after another; after an error with a new connection, as a program would do.
+CALLER = """
+import json, random, sys, time
+sys.path.insert(0, "rpc")
+from pika.exceptions import AMQPError
+from rpc_client import FibonacciRpcClient
+
+rng = random.Random(3)
+while True:
+    try:
+        with FibonacciRpcClient() as client:
+            while True:
+                n, result, begin = rng.randint(15, 22), None, time.monotonic()
+                try:
+                    result = client.call(n, timeout=5)
+                except TimeoutError:
+                    pass
+                finally:
+                    print(json.dumps([n, result, time.monotonic() - begin]), flush=True)
+                time.sleep(0.1)
+    except AMQPError:
+        time.sleep(0.5)
+"""
+
+
+def returns(script: Script, killed: list[float]) -> list[float]:
+    """Return how many seconds after these moments a consumer said again that it waits.
+
+    Only of those after which it did so before the next one.
+    """
+    stream, line = stream_of(script)
+    times = [at for seen, at in zip(stream.seen, stream.times, strict=True) if seen == line]
+    spans = pairwise([*killed, time.monotonic()])
+    return [at - kill for kill, following in spans for at in times if kill < at < following]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_a_cluster_under_fire(
+    cluster: Cluster,
+    scripts: Scripts,
+    amqp_url: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Nodes are killed and stopped, one at a time, and twice two of them are killed together, while
+    tasks, RPC calls and logs flow. Every confirmed task is done, every call gives the right answer
+    or ends in its time, no consumer ends, and receivers get the logs that are sent once they are
+    back. A dead node is started again after five more tasks have been done without it."""
+    rng = random.Random(3)
+    tasks = {f"task {n}" for n in range(500)}
+    confirmed: set[str] = set()
+    done: Counter[str] = Counter()
+    ready = threading.Semaphore(0)  # how many tasks may be sent, so that some are left for later
+    over = threading.Event()
+
+    def produce(mine: list[str]) -> None:
+        for task in mine:
+            ready.acquire()
+            while task not in confirmed and not over.is_set():
+                sender = scripts.start("work_queues/new_task.py", task)
+                sender.wait()
+                if f" [x] Sent '{task}'" in sender.out.seen:
+                    confirmed.add(task)
+
+    in_hand: dict[int, str] = {}
+
+    def until_done(count: int) -> None:
+        """Read what the workers print until this number of different tasks have been done, or
+        until they print nothing for a long time."""
+        for number, line in workers.read():
+            if received := RECEIVED.fullmatch(line):
+                in_hand[number] = received[1]
+            elif line == DONE:
+                done[in_hand[number]] += 1
+            if len(done) >= min(count, len(tasks)):
+                return
+
+    killed: list[float] = []
+
+    def strike(how: Callable[..., None], *nodes: str) -> None:
+        ready.release(28)
+        until_done(len(done) + 8)
+        killed.append(time.monotonic())
+        how(*nodes)
+        if len(nodes) == 1:
+            until_done(len(done) + 5)
+        cluster.start(*nodes)
+        bindings = f"exchanges/{virtual_host_of(amqp_url)}/logs/bindings/source"
+        both = "both receivers of logs are back"
+        eventually(lambda: len(cluster.api("GET", bindings)) == 2, both, 30)
+        scripts.run("publish_subscribe/emit_log.py", f"log {len(killed)}")
+        for logger in loggers:
+            logger.expect(f" [x] log {len(killed)}")
+
+    workers = Crew(scripts, 3, "work_queues/worker.py")
+    servers = Crew(scripts, 2, "rpc/rpc_server.py")
+    for member in [*workers.members, *servers.members]:
+        expect_waiting(member)
+    loggers = [consumer(scripts, "publish_subscribe/receive_logs.py") for _ in range(2)]
+    caller = Crew(scripts, 1, "-c", CALLER).members[0]
+    with ThreadPoolExecutor() as threads:
+        ordered = sorted(tasks)
+        producers = [threads.submit(produce, ordered[part::2]) for part in range(2)]
+        try:
+            for n in range(15):
+                how = cluster.stop if n % 4 == 3 else cluster.kill
+                strike(how, rng.choice(list(cluster.urls)))
+                if n in (4, 9):
+                    strike(cluster.kill, *rng.sample(list(cluster.urls), 2))
+            ready.release(len(tasks))
+            until_done(len(tasks))
+        finally:
+            over.set()
+            ready.release(len(tasks))
+    for producer in producers:
+        producer.result()
+    caller.stop()
+
+    calls = [json.loads(line) for line in caller.out.seen]
+    wrong = [call for call in calls if call[1] not in (None, FIBONACCI[call[0]])]
+    everyone = [*workers.members, *servers.members, *loggers]
+    away = sorted(seconds for each in everyone for seconds in returns(each, killed))
+    lost = confirmed - set(done)
+    record_property(
+        "a cluster under fire",
+        f"{len(confirmed)} confirmed, {len(done)} done, "
+        f"{sum(times > 1 for times in done.values())} done twice, {len(lost)} lost; "
+        f"nodes killed or stopped {len(killed)} times; {len(calls)} calls, {len(wrong)} wrong, "
+        f"{sum(result is None for _, result, _ in calls)} without an answer; consumers away "
+        f"{len(away)} times, for {away[len(away) // 2]:.1f} s, at most {away[-1]:.1f} s",
+    )
+    assert not lost
+    assert confirmed == tasks
+    assert wrong == []
+    assert max(seconds for _, _, seconds in calls) < 5 + 2
+    assert workers.complaints() == servers.complaints() == []
+    assert all(each.process.poll() is None for each in everyone)
 
 
 # Whatever pika can send and RabbitMQ takes. RabbitMQ itself refuses a user_id that isn't the

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from tools.broker.base import Broker, NoBroker, eventually, free_port, virtual_host_of
 from tools.broker.cluster import Cluster
-from tools.broker.container import IMAGE, Container, container_problem
+from tools.broker.container import IMAGE, Container, container_problem, remains
 from tools.broker.local import LocalNode, find_server
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "find_server",
     "free_port",
     "install",
+    "remains",
     "start",
     "virtual_host_of",
 ]

@@ -15,6 +15,7 @@ import pika
 import requests
 
 START_TIMEOUT = 60  # seconds; a node boots slowly on a slow machine
+SYNC = "catch mnesia:sync_log(), [dets:sync(Table) || Table <- dets:all()]."
 
 
 class NoBroker(Exception):  # noqa: N818
@@ -117,7 +118,7 @@ class Broker:
 
     def sync(self) -> None:
         """Write the declarations of queues to disk. RabbitMQ itself does it half a second later."""
-        self.rabbitmqctl("eval", "catch mnesia:sync_log(), [dets:sync(T) || T <- dets:all()].")
+        self.rabbitmqctl("eval", SYNC)
 
     def start(self) -> None:
         """Start the node, on the data that it has, and wait until it is ready."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import requests
 
-from tools.broker.base import Broker, NoBroker, free_port
+from tools.broker.base import SYNC, Broker, NoBroker, free_port
 from tools.broker.container import IMAGE, compose_command
 
 NODES = ("rabbit1", "rabbit2", "rabbit3")
@@ -63,6 +63,11 @@ class Cluster(Broker):
         """Make a virtual host, yield its AMQP URLs, one for each node, and delete it."""
         with super().virtual_host(name, **settings):
             yield self.amqp_url.replace("%2F", name)
+
+    def sync(self) -> None:
+        """Write the declarations of queues to the disks of all nodes."""
+        for node in NODES:
+            self.compose("exec", "-T", node, "rabbitmqctl", "eval", SYNC)
 
     def start(self, *nodes: str) -> None:
         """Start these nodes, or all, and wait until they are in the cluster."""

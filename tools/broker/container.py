@@ -42,6 +42,14 @@ def compose_command(settings: dict[str, str], file: str) -> list[str]:
     return [*env, "docker", "compose", "--file", f"{ROOT}/{file}"]
 
 
+def remains(project: str) -> list[str]:
+    """Return the ids of a project's containers, volumes and networks: a text for each kind."""
+    mine = f"label=com.docker.compose.project={project}"
+    kinds = (["ps", "-a"], ["volume", "ls"], ["network", "ls"])
+    commands = (["docker", *kind, "-q", "--filter", mine] for kind in kinds)
+    return [subprocess.check_output(command, text=True) for command in commands]
+
+
 class Container(Broker):
     """A container of RABBITMQ_IMAGE, started by Docker Compose.
 
