@@ -55,12 +55,12 @@ lint: .venv/has-lint
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml cluster/docker-compose.yml
 
 clean:
-	rm -rf .venv .*_cache .hypothesis *.egg-info
+	rm -rf .venv build .*_cache .hypothesis *.egg-info
 
 # The packages of one of the lists in pyproject.toml: tools, test, lint, bench or alternatives.
 .venv/has-%: pyproject.toml | .venv/bin/pip
 	@echo 'Installing the Python packages for $*'
-	@.venv/bin/pip install -qq --disable-pip-version-check -e '.[$*]'
+	@.venv/bin/pip install -qq --disable-pip-version-check '.[$*]'
 	@touch $@
 
 # Debian and Ubuntu have venv in a package of its own.

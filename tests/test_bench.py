@@ -72,7 +72,7 @@ def test_a_queue_is_of_the_kind_that_its_row_names(broker: Broker) -> None:
 def test_the_alternatives_give_their_figures(broker: Broker, tmp_path: Path) -> None:
     """So do the scripts with other clients, where those are installed."""
     if not all(map(find_spec, CLIENTS)):
-        pytest.skip("needs pip install -e '.[alternatives]'")
+        pytest.skip("needs pip install '.[alternatives]'")
     check(alternatives, broker, tmp_path)
 
 

@@ -1,6 +1,6 @@
 """Makes the pictures of the README, of lesson 2 and of lesson 9 from what really happens.
 
-    pip install -e '.[test,pictures]' && apt-get install chromium
+    pip install '.[test,pictures]' && apt-get install chromium
     python -m tools.pictures [--broker auto|container|local]
 
 `tools/demo.svg` is a recording of the section "Run it" of lesson 2: its terminals side by side, at

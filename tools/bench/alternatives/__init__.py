@@ -32,7 +32,7 @@ def alternatives(bench: Bench) -> Iterator[Table]:
     """Give the tables for publishing and for working."""
     for module in CLIENTS:
         if find_spec(module) is None:
-            raise NoBroker(f"{module} is not installed: pip install -e '.[alternatives]'")
+            raise NoBroker(f"{module} is not installed: pip install '.[alternatives]'")
     n = bench.count
     with bench.queue("alternatives") as queue:
         yield Table(
