@@ -47,8 +47,10 @@ def do_tasks():
         while True:
             do_task(*tasks.get())
     except BaseException as error:  # the output is closed or full, for example
-        print(f" [!] {error}", file=sys.stderr)
-        os._exit(1)
+        try:
+            print(f" [!] {error}", file=sys.stderr)
+        finally:  # standard error may be closed, too
+            os._exit(1)
 
 
 def do_task(channel, method, properties, body):
