@@ -43,6 +43,7 @@ def as_list(header):
 def send_back(channel, method, properties, body):
     headers = (properties.headers or {}).items()
     properties.headers = {name: value for name, value in headers if not name.startswith(NOTES)}
+    properties.user_id = None  # RabbitMQ refuses the name of a user who is not the sender
     channel.basic_publish(
         exchange="", routing_key="tasks", body=body, properties=properties, mandatory=True
     )

@@ -104,6 +104,8 @@ def put_aside(channel, method, properties, body, reason):
     now = time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime())
     failures = [*as_list(headers.get("failures")), f"{now} {reason}"]  # one for each failed try
     properties.headers = headers | {"failures": failures}
+    properties.expiration = None  # a task that waits for a human must not expire
+    properties.user_id = None  # RabbitMQ refuses the name of a user who is not the sender
     where = "tasks.retry" if len(failures) < options.tries else "tasks.parked"
     channel.basic_publish(
         exchange="", routing_key=where, body=body, properties=properties, mandatory=True

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pika
 import pytest
@@ -21,10 +22,10 @@ from pika.exceptions import AMQPError
 from pika.spec import BasicProperties
 
 from tests.proxy import ACK, PUBLISH, Proxy
-from tests.scripts import Script, Scripts
+from tests.scripts import SECRET, Script, Scripts, replaced
 from tests.test_under_fire import Crew
 from tools import ROOT
-from tools.broker import Broker, eventually
+from tools.broker import Broker, eventually, virtual_host_of
 
 WORKER = "dead_letters/worker.py"
 WAITING = " [*] Waiting for tasks. To exit press CTRL+C"
@@ -127,13 +128,14 @@ def test_a_failed_task_is_tried_again_later_and_the_others_are_done_meanwhile(
 
 
 def everything() -> dict[str, Any]:
-    """Return all properties that a task can have, but an expiration: see the lesson."""
+    """Return all properties that a task can have."""
     return {
         "content_type": "text/plain",
         "content_encoding": "utf-8",
         "headers": {"mine": 1, "x-mine": ["a", {"b": None}], "日本": b"\xff"},
         "delivery_mode": 2,
         "priority": 3,
+        "expiration": "60000",
         "correlation_id": "c",
         "reply_to": "r",
         "message_id": "m",
@@ -151,12 +153,18 @@ def own(properties: BasicProperties) -> dict[str, Any]:
     return vars(properties) | {"headers": headers}
 
 
+def kept() -> dict[str, Any]:
+    """Return all properties that a task keeps when it is sent on."""
+    return vars(BasicProperties(**everything())) | {"expiration": None, "user_id": None}
+
+
 def test_after_three_tries_a_task_is_parked_as_it_was(
     scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """Its body and properties are unchanged, and a header says when and why each try failed.
 
-    No task brings the worker down, whatever its bytes are and whatever its headers claim.
+    Only its expiration and the name of its sender are gone. No task brings the worker down,
+    whatever its bytes are and whatever its headers claim.
     """
     doing = worker(scripts)
     bodies = [b"missing", b"", b"\xff\xfe", b"a\0b", "日本".encode(), b"m" * 100_000]
@@ -172,13 +180,52 @@ def test_after_three_tries_a_task_is_parked_as_it_was(
     rest = [(body, properties) for body, properties in found if body != b"liar"]
     assert sorted(body for body, _ in rest) == sorted(bodies)
     for _, properties in rest:
-        assert own(properties) == vars(BasicProperties(**everything()))
+        assert own(properties) == kept()
         times = [time.strptime(f[:25], "%Y-%m-%d %H:%M:%S%z") for f in failures_of(properties)]
         assert len(times) == 3
         assert times == sorted(times)
     assert [f[26:] for f in failures_of(dict(rest)[b"missing"])] == [ENOENT] * 3
     assert doing.process.poll() is None
     assert doing.out.seen.count(WAITING) == 1
+
+
+def test_a_task_with_an_expiration_does_not_expire_where_it_is_parked(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """It waits for a human for as long as it takes, even if it is parked after its first try."""
+    doing = worker(scripts, "--tries", "1")
+    short = BasicProperties(expiration="500")
+    channel.basic_publish("", "tasks", b"missing", short)
+    doing.expect_error(failed("missing", 1, 1))
+    time.sleep(1)
+    assert [(body, p.expiration) for body, p in parked(channel)] == [(b"missing", None)]
+
+
+def test_a_task_may_name_its_sender(
+    broker: Broker, scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """RabbitMQ checks that a message names the user who sends it. Neither the worker nor parked.py
+    is that user, and both send it on all the same."""
+    doing = worker(scripts, "--tries", "1")
+    permissions = {"configure": "", "write": ".*", "read": ""}
+    broker.api("PUT", "users/sender", {"password": SECRET, "tags": ""})
+    try:
+        virtual_host = virtual_host_of(scripts.amqp_url)
+        broker.api("PUT", f"permissions/{virtual_host}/sender", permissions)
+        url = pika.URLParameters(replaced(scripts.amqp_url, user=f"sender:{quote(SECRET)}"))
+        with closing(pika.BlockingConnection(url)) as connection:
+            sender = connection.channel()
+            sender.confirm_delivery()
+            for where in ("tasks", "tasks.parked"):  # as if RabbitMQ had parked the other one
+                sender.basic_publish("", where, b"missing", BasicProperties(user_id="sender"))
+    finally:
+        broker.api("DELETE", "users/sender")
+    doing.expect_error(failed("missing", 1, 1))
+    doing.stop()
+    assert listing(scripts, "--send-back").count("     sent back") == 2
+    assert [size(channel, queue) for queue in ("tasks", "tasks.parked")] == [2, 0]
+
+
 
 
 @pytest.mark.parametrize("tries", [1, 2])
