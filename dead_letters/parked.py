@@ -42,7 +42,7 @@ def as_list(header):
 
 def send_back(channel, method, properties, body):
     headers = (properties.headers or {}).items()
-    properties.headers = {name: value for name, value in headers if not name.startswith(NOTES)}
+    properties.headers = {name: value for name, value in headers if name not in NOTES}
     properties.user_id = None  # RabbitMQ refuses the name of a user who is not the sender
     channel.basic_publish(
         exchange="", routing_key="tasks", body=body, properties=properties, mandatory=True
@@ -52,9 +52,11 @@ def send_back(channel, method, properties, body):
     print("     sent back")
 
 
-# The headers that were added here. With the old ones, RabbitMQ 3.10 would take the task for a
-# message that goes round in circles, and drop it.
-NOTES = ("failures", "x-death", "x-first-death-", "x-last-death-", "x-delivery-", "x-acquired-")
+# The headers that worker.py and RabbitMQ have added. With them, RabbitMQ 3.10 would think that
+# the task is in an endless loop, and drop it.
+NOTES = {"failures", "x-death", "x-delivery-count", "x-acquired-count"}
+NOTES |= {"x-first-death-queue", "x-first-death-reason", "x-first-death-exchange"}
+NOTES |= {"x-last-death-queue", "x-last-death-reason", "x-last-death-exchange"}
 
 
 parser = argparse.ArgumentParser(description=__doc__)
