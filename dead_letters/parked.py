@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 
 import pika
 from pika.exceptions import AMQPConnectionError, AMQPError
@@ -44,12 +45,20 @@ def send_back(channel, method, properties, body):
     headers = (properties.headers or {}).items()
     properties.headers = {name: value for name, value in headers if name not in NOTES}
     properties.user_id = None  # RabbitMQ refuses the name of a user who is not the sender
+    timer = threading.Timer(10, give_up)  # pika itself would wait for as long as it takes
+    timer.start()
     channel.basic_publish(
         exchange="", routing_key="tasks", body=body, properties=properties, mandatory=True
     )
+    timer.cancel()
     # Acknowledge last: if we crash before this, the task is in both queues, but not lost.
     channel.basic_ack(delivery_tag=method.delivery_tag)
     print("     sent back")
+
+
+def give_up():
+    print(" [!] No confirm within 10 s: the task is still parked, maybe also sent", file=sys.stderr)
+    os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
 
 
 # The headers that worker.py and RabbitMQ have added. With them, RabbitMQ 3.10 would think that

@@ -277,6 +277,25 @@ def test_a_task_that_kills_its_worker_is_parked(
     task.write_text("it is here now")
     doing.expect(DONE, count=2)
     assert size(channel, "tasks.parked") == 0
+def test_without_a_confirm_the_producers_give_up(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """After ten seconds: a queue that has no majority, for example, accepts no task."""
+    worker(scripts).stop()
+    channel.confirm_delivery()
+    channel.basic_publish("", "tasks.parked", b"task", mandatory=True)
+    with closing(Proxy(scripts.amqp_url, lambda index, _to_broker: index != ACK)) as proxy:
+        begin = time.monotonic()
+        producer = scripts.start("dead_letters/new_task.py", "a task", amqp_url=proxy.url)
+        sender = scripts.start("dead_letters/parked.py", "--send-back", amqp_url=proxy.url)
+        for script in (producer, sender):
+            assert script.wait() == 1
+            assert script.err.times[0] - begin >= 10
+    unknown = " [!] No confirm within 10 s: nobody knows if the task is stored"
+    assert (producer.out.seen, producer.err.seen) == ([], [unknown])
+    both = " [!] No confirm within 10 s: the task is still parked, maybe also sent"
+    assert (sender.out.seen, sender.err.seen) == ([" [x] 'task'"], [both])
+    eventually(lambda: size(channel, "tasks.parked") == 1, "the task is back")
 
 
 @pytest.mark.parametrize(("moment", "copies"), [(PUBLISH, 1), (ACK, 2)], ids=["publish", "ack"])
