@@ -80,7 +80,7 @@ def do_task(channel, method, properties, body):
     text = body.decode(errors="backslashreplace")
     print(f" [x] Received '{text}'" + (" (redelivered)" if method.redelivered else ""))
     try:
-        work(text)
+        work(os.fsdecode(body))  # new_task.py has used os.fsencode
     except BaseException as error:  # SystemExit, too, which would end this thread
         reason = f"{error!r:.200}"
         answer = partial(put_aside, channel, method, properties, body, reason)

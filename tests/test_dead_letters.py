@@ -230,6 +230,18 @@ def test_a_task_may_name_its_sender(
     assert [size(channel, queue) for queue in ("tasks", "tasks.parked")] == [2, 0]
 
 
+def test_a_file_name_need_not_be_text(scripts: Scripts, tmp_path: Path) -> None:
+    """A name that is not UTF-8 is shown with escapes, and the work gets the name as it is."""
+    name = os.fsencode(tmp_path) + b"/\xff\xfe.txt"
+    with open(name, "w") as file:
+        file.write("two words")
+    doing = worker(scripts)
+    scripts.run("dead_letters/new_task.py", name)
+    doing.expect(DONE)
+    shown = name.decode(errors="backslashreplace")
+    assert doing.out.seen == [WAITING, received(shown), " [.] 2 words", DONE]
+
+
 
 
 @pytest.mark.parametrize("tries", [1, 2])
