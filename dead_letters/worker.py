@@ -126,13 +126,20 @@ tasks = queue.SimpleQueue()  # from pika's thread to the thread that works
 worker = threading.Thread(target=do_tasks, daemon=True)
 
 
+def number_of_tries(text):
+    """Return the number, if it makes sense."""
+    if not 1 <= int(text) <= 100:
+        raise ValueError
+    return int(text)
+
+
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument(
     "--tries",
-    type=int,
+    type=number_of_tries,
     default=3,
     metavar="N",
-    help="park a task when it has failed this many times",
+    help="park a task when it has failed this many times, from 1 to 100",
 )
 
 

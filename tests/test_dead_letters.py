@@ -242,6 +242,15 @@ def test_a_file_name_need_not_be_text(scripts: Scripts, tmp_path: Path) -> None:
     assert doing.out.seen == [WAITING, received(shown), " [.] 2 words", DONE]
 
 
+def test_a_number_of_tries_that_makes_no_sense_is_refused(scripts: Scripts) -> None:
+    """--tries takes 1 to 100. Anything else is a usage error."""
+    running = [scripts.start(WORKER, f"--tries={n}") for n in ("1", "100")]
+    for refused in [scripts.start(WORKER, f"--tries={n}") for n in ("0", "-1", "101", "many")]:
+        assert refused.wait() == 2
+        assert refused.err.seen[0].startswith("usage: worker.py ")
+        assert refused.err.seen[-1].startswith("worker.py: error: argument --tries: invalid")
+    for accepted in running:
+        accepted.expect(WAITING)
 
 
 @pytest.mark.parametrize("tries", [1, 2])
