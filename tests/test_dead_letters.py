@@ -9,8 +9,8 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -110,6 +110,7 @@ def test_a_failed_task_is_tried_again_later_and_the_others_are_done_meanwhile(
     late, good = tmp_path / "late.txt", tmp_path / "good.txt"
     good.write_text("two words")
     doing = worker(scripts)
+    begin = time.monotonic()
     for task in (late, good):
         scripts.run("dead_letters/new_task.py", str(task))
     doing.expect(DONE)
@@ -123,9 +124,8 @@ def test_a_failed_task_is_tried_again_later_and_the_others_are_done_meanwhile(
         received(late),
         *(received(late), " [.] 5 words", DONE),
     ]
-    first, second = doing.err.times
-    assert second - first >= DELAY - 0.1
-    assert doing.out.times[-1] - second >= DELAY - 0.1
+    assert doing.err.time_of(failed(late, 2)) - begin >= DELAY
+    assert doing.out.times[-1] - begin >= 2 * DELAY
     assert [size(channel, queue) for queue in ("tasks", "tasks.retry", "tasks.parked")] == [0, 0, 0]
 
 
@@ -298,6 +298,83 @@ def test_a_task_that_kills_its_worker_is_parked(
     task.write_text("it is here now")
     doing.expect(DONE, count=2)
     assert size(channel, "tasks.parked") == 0
+
+
+@contextmanager
+def without_confirms(amqp_url: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Give the URL of a proxy that drops each confirm, and a function that waits for the first.
+
+    When that has come, and three heartbeats after it, nothing must have been acknowledged.
+    """
+    confirms: list[int] = []
+    heartbeats: list[int] = []  # since the confirm
+    acknowledgements: list[int] = []
+
+    def watch(index: int, to_broker: bool) -> bool:
+        if index == ACK:
+            (acknowledgements if to_broker else confirms).append(index)
+        elif to_broker and index == 0 and confirms:
+            heartbeats.append(index)
+        return index != ACK or to_broker
+
+    def wait_for_one() -> None:
+        eventually(lambda: confirms, "RabbitMQ confirms that the task is stored")
+        eventually(lambda: len(heartbeats) >= 3, "the script lives on")
+        assert acknowledgements == []
+
+    with closing(Proxy(amqp_url, watch)) as proxy:
+        yield f"{proxy.url}?heartbeat=1", wait_for_one
+
+
+def test_a_worker_takes_a_failed_task_away_once_it_is_stored_elsewhere(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """It waits for the confirm, and acknowledges only then. Killed before, it leaves the task in
+    both queues."""
+    with without_confirms(scripts.amqp_url) as (url, wait_for_one):
+        doing = worker(scripts, "--tries", "1", amqp_url=url)
+        put(channel, "missing")
+        wait_for_one()
+        doing.kill()
+    eventually(lambda: size(channel, "tasks") == 1, "the task is back")
+    assert size(channel, "tasks.parked") == 1
+
+
+def test_sending_back_takes_a_parked_task_away_once_it_is_stored_elsewhere(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """The same for parked.py."""
+    worker(scripts).stop()
+    channel.confirm_delivery()
+    channel.basic_publish("", "tasks.parked", b"task", mandatory=True)
+    with without_confirms(scripts.amqp_url) as (url, wait_for_one):
+        sender = scripts.start("dead_letters/parked.py", "--send-back", amqp_url=url)
+        wait_for_one()
+        sender.kill()
+    eventually(lambda: size(channel, "tasks.parked") == 1, "the task is back")
+    assert size(channel, "tasks") == 1
+
+
+def test_a_task_is_not_lost_in_a_queue_that_is_gone(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """Somebody deletes the queue to which a task is sent: it stays where it is.
+
+    The worker then declares the queue again.
+    """
+    doing = worker(scripts)
+    channel.queue_delete("tasks.retry")
+    put(channel, "missing")
+    doing.expect_error(" [!] 1 unroutable message(s) returned; trying again every second")
+    doing.expect_error(failed("missing", 3))
+    assert [size(channel, queue) for queue in ("tasks", "tasks.retry", "tasks.parked")] == [0, 0, 1]
+    doing.stop()
+    channel.queue_delete("tasks")
+    sender = scripts.run("dead_letters/parked.py", "--send-back", status=1)
+    assert sender.err.all() == [" [!] 1 unroutable message(s) returned"]
+    eventually(lambda: size(channel, "tasks.parked") == 1, "the task is back")
+
+
 def test_without_a_confirm_the_producers_give_up(
     scripts: Scripts, channel: BlockingChannel
 ) -> None:
@@ -408,6 +485,24 @@ def test_sending_back_removes_what_was_added_and_nothing_else(
     assert vars(sent) == kept()
 
 
+def test_a_dead_letter_waits_for_a_queue_that_is_gone(
+    own_broker: Broker, scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """RabbitMQ keeps it until the other queue is there again and has stored it."""
+    name = "rabbit, dead_letter_worker_publisher_confirm_timeout"  # how often it tries
+    usual = f"{{ok, Usual}} = application:get_env({name})"
+    usually = own_broker.rabbitmqctl("eval", f"{usual}, application:set_env({name}, 500), Usual.")
+    try:
+        worker(scripts).stop()
+        channel.queue_delete("tasks")
+        channel.confirm_delivery()
+        channel.basic_publish("", "tasks.retry", b"missing", mandatory=True)
+        eventually(lambda: size(channel, "tasks.retry") == 0, "it has expired")
+        worker(scripts).expect(received("missing"))
+    finally:
+        own_broker.rabbitmqctl("eval", f"application:set_env({name}, {usually}).")
+
+
 def test_without_a_worker_there_are_no_queues(scripts: Scripts) -> None:
     """The other scripts say so in one line each."""
     sent = scripts.run("dead_letters/new_task.py", "a.txt", status=1)
@@ -435,30 +530,37 @@ def table(version: str) -> dict[str, str]:
 def times_delivered(
     amqp_url: str, give_back: Callable[[BlockingChannel, int], object], **arguments: object
 ) -> int:
-    """Return how often a task in a new queue is delivered and given back until it is gone.
+    """Return how often a task in a new queue is delivered and given back until it is a dead letter.
 
     30 means that it is still there.
     """
     with closing(pika.BlockingConnection(pika.URLParameters(amqp_url))) as connection:
         channel = connection.channel()
         channel.confirm_delivery()
-        queue = {"x-queue-type": "quorum"} | arguments
-        channel.queue_declare("a queue", durable=True, arguments=queue)
+        declare_with_dead_letters(channel, "a queue", **arguments)
         channel.basic_publish("", "a queue", b"task", mandatory=True)
-        for count in range(30):
+        count = 0
+        while count < 30:
             taker = connection.channel()
-            deadline = time.monotonic() + 1.5
             method = None
-            while method is None and time.monotonic() < deadline:
+            while method is None and not size(channel, "a queue.dead"):
                 method = taker.basic_get("a queue")[0]
             if method is None:
-                channel.queue_delete("a queue")
-                return count
+                break
             give_back(taker, method.delivery_tag)
             if taker.is_open:
                 taker.close()
-        channel.queue_delete("a queue")
-        return 30
+            count += 1
+        for each in ("a queue", "a queue.dead"):
+            channel.queue_delete(each)
+        return count
+
+
+def declare_with_dead_letters(channel: BlockingChannel, name: str, **arguments: object) -> None:
+    """Declare a quorum queue, and another one, to which its dead letters go."""
+    to = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": f"{name}.dead"}
+    channel.queue_declare(name, durable=True, arguments={"x-queue-type": "quorum"} | to | arguments)
+    channel.queue_declare(f"{name}.dead", durable=True, arguments={"x-queue-type": "quorum"})
 
 
 def reject(channel: BlockingChannel, tag: int) -> None:
@@ -528,24 +630,24 @@ def test_a_restart_of_the_broker_counts_as_the_lesson_says(own_broker: Broker) -
     assert table(own_broker.version)["RabbitMQ is restarted"] == "counts"
     url = pika.URLParameters(own_broker.amqp_url)
     name = f"restarted-{os.getpid()}"
-    arguments = {"x-queue-type": "quorum", "x-delivery-limit": 0}
     channel = pika.BlockingConnection(url).channel()
     channel.confirm_delivery()
-    channel.queue_declare(name, durable=True, arguments=arguments)
+    declare_with_dead_letters(channel, name, **{"x-delivery-limit": 0})
     channel.basic_publish("", name, b"held")
     channel.basic_publish("", name, b"waiting")
     assert eventually(lambda: channel.basic_get(name)[0], "a task")
     own_broker.stop()
     own_broker.start()
 
-    def take() -> bytes | None:
-        body: bytes | None = pika.BlockingConnection(url).channel().basic_get(name)[2]
+    def take(queue: str) -> bytes | None:
+        body: bytes | None = pika.BlockingConnection(url).channel().basic_get(queue)[2]
         return body
 
-    assert eventually(take, "the other task") == b"waiting"
-    with pytest.raises(AssertionError):
-        eventually(take, "the task", 2)
-    pika.BlockingConnection(url).channel().queue_delete(name)
+    assert eventually(lambda: take(f"{name}.dead"), "the task that was held") == b"held"
+    assert eventually(lambda: take(name), "the other task") == b"waiting"
+    channel = pika.BlockingConnection(url).channel()
+    for each in (name, f"{name}.dead"):
+        channel.queue_delete(each)
 
 
 def test_a_task_with_old_headers_fares_as_the_lesson_says(
