@@ -1,4 +1,4 @@
-"""Send one task to the queue 'tasks'. A task is the name of a file: count its words."""
+"""Send one task to the queue 'tasks'. A task is the name of a file whose words to count."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ def main():
                 properties=pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent),
                 mandatory=True,
             )
-        except UnroutableError:  # the worker declares it, with all of its settings
+        except UnroutableError:  # the worker declares the queue, with all of its settings
             sys.exit(" [!] There is no queue 'tasks': start a worker")
         finally:
             timer.cancel()

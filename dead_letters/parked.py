@@ -30,14 +30,14 @@ def show(headers, body):
     print(f" [x] '{body.decode(errors='backslashreplace')}'")
     for failure in as_list(headers.get("failures")):  # the workers have written this
         print(f"     {failure}")
-    # RabbitMQ has written this. The entries for the other queue are the waits between the tries.
+    # RabbitMQ has written this. Entries for 'tasks.retry' are left out: they are only the waits.
     for death in as_list(headers.get("x-death")):
         if isinstance(death, dict) and death.get("queue") == "tasks":
             print(f"     {death.get('time')} RabbitMQ: {death.get('reason')}")
 
 
 def as_list(header):
-    """Return a header that should be a list. Whoever sends a task can put anything into it."""
+    """Return the header if it is a list, or else an empty list. Any sender can set any header."""
     return header if isinstance(header, list) else []
 
 

@@ -1,4 +1,4 @@
-"""Do the tasks in the queue 'tasks'. One that fails is tried again later, and at last parked."""
+"""Do the tasks in the queue 'tasks'. Try a failed task again later, and park it in the end."""
 
 import argparse
 import os
@@ -41,7 +41,7 @@ def declare_queues(channel):
     delay = {"x-message-ttl": 3000}  # milliseconds
     arguments = dead_letters_to("tasks") | delay
     channel.queue_declare(queue="tasks.retry", durable=True, arguments=arguments)
-    # Here, tasks wait for a human. Each look at them is a delivery, so the limit must be high.
+    # Here, tasks wait for a human. To look at a task is a delivery, so the limit must be high.
     no_limit = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000}
     channel.queue_declare(queue="tasks.parked", durable=True, arguments=no_limit)
 
@@ -81,7 +81,7 @@ def do_task(channel, method, properties, body):
     print(f" [x] Received '{text}'" + (" (redelivered)" if method.redelivered else ""))
     try:
         work(os.fsdecode(body))  # new_task.py has used os.fsencode
-    except BaseException as error:  # SystemExit, too, which would end this thread
+    except BaseException as error:  # also SystemExit, which would end this thread
         reason = f"{error!r:.200}"
         answer = partial(put_aside, channel, method, properties, body, reason)
     else:
@@ -93,13 +93,13 @@ def do_task(channel, method, properties, body):
 
 
 def work(text):
-    """Put your own work here. It may take as long as it likes, and it may raise an exception."""
+    """Put your own work here. It may take a long time, and it may raise an exception."""
     with open(text) as file:
         print(f" [.] {len(file.read().split())} words")
 
 
 def put_aside(channel, method, properties, body, reason):
-    """Send a failed task to where it waits: for its next try, or after the last one for a human."""
+    """Send a failed task to 'tasks.retry', or after its last try to 'tasks.parked'."""
     headers = properties.headers or {}
     now = time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime())
     failures = [*as_list(headers.get("failures")), f"{now} {reason}"]  # one for each failed try
@@ -118,11 +118,11 @@ def put_aside(channel, method, properties, body, reason):
 
 
 def as_list(header):
-    """Return a header that should be a list. Whoever sends a task can put anything into it."""
+    """Return the header if it is a list, or else an empty list. Any sender can set any header."""
     return header if isinstance(header, list) else []
 
 
-tasks = queue.SimpleQueue()  # from pika's thread to the thread that works
+tasks = queue.SimpleQueue()  # from pika's thread to the thread that does the work
 worker = threading.Thread(target=do_tasks, daemon=True)
 
 
