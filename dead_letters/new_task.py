@@ -1,9 +1,10 @@
-"""Send one task to the queue 'tasks'. A task is the name of a file: count its words."""
+"""Send one task to the queue 'tasks'. A task is the name of a file whose words to count."""
 
 import argparse
 import os
 import signal
 import sys
+import threading
 
 import pika
 from pika.exceptions import AMQPConnectionError, AMQPError, UnroutableError
@@ -14,6 +15,8 @@ def main():
     with connect() as connection:
         channel = connection.channel()
         channel.confirm_delivery()  # basic_publish waits until RabbitMQ has stored the task
+        timer = threading.Timer(10, give_up)  # pika itself would wait for as long as it takes
+        timer.start()
         try:
             channel.basic_publish(
                 exchange="",
@@ -22,9 +25,16 @@ def main():
                 properties=pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent),
                 mandatory=True,
             )
-        except UnroutableError:  # the worker declares it, with all of its settings
+        except UnroutableError:  # the worker declares the queue, with all of its settings
             sys.exit(" [!] There is no queue 'tasks': start a worker")
+        finally:
+            timer.cancel()
     print(f" [x] Sent '{options.task}'")
+
+
+def give_up():
+    print(" [!] No confirm within 10 s: nobody knows if the task is stored", file=sys.stderr)
+    os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
 
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 
 import pika
 from pika.exceptions import AMQPConnectionError, AMQPError
@@ -29,31 +30,42 @@ def show(headers, body):
     print(f" [x] '{body.decode(errors='backslashreplace')}'")
     for failure in as_list(headers.get("failures")):  # the workers have written this
         print(f"     {failure}")
-    # RabbitMQ has written this. The entries for the other queue are the waits between the tries.
+    # RabbitMQ has written this. Entries for 'tasks.retry' are left out: they are only the waits.
     for death in as_list(headers.get("x-death")):
         if isinstance(death, dict) and death.get("queue") == "tasks":
             print(f"     {death.get('time')} RabbitMQ: {death.get('reason')}")
 
 
 def as_list(header):
-    """Return a header that should be a list. Whoever sends a task can put anything into it."""
+    """Return the header if it is a list, or else an empty list. Any sender can set any header."""
     return header if isinstance(header, list) else []
 
 
 def send_back(channel, method, properties, body):
     headers = (properties.headers or {}).items()
-    properties.headers = {name: value for name, value in headers if not name.startswith(NOTES)}
+    properties.headers = {name: value for name, value in headers if name not in NOTES}
+    properties.user_id = None  # RabbitMQ refuses the name of a user who is not the sender
+    timer = threading.Timer(10, give_up)  # pika itself would wait for as long as it takes
+    timer.start()
     channel.basic_publish(
         exchange="", routing_key="tasks", body=body, properties=properties, mandatory=True
     )
+    timer.cancel()
     # Acknowledge last: if we crash before this, the task is in both queues, but not lost.
     channel.basic_ack(delivery_tag=method.delivery_tag)
     print("     sent back")
 
 
-# The headers that were added here. With the old ones, RabbitMQ 3.10 would take the task for a
-# message that goes round in circles, and drop it.
-NOTES = ("failures", "x-death", "x-first-death-", "x-last-death-", "x-delivery-", "x-acquired-")
+def give_up():
+    print(" [!] No confirm within 10 s: the task is still parked, maybe also sent", file=sys.stderr)
+    os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
+
+
+# The headers that worker.py and RabbitMQ have added. With them, RabbitMQ 3.10 would think that
+# the task is in an endless loop, and drop it.
+NOTES = {"failures", "x-death", "x-delivery-count", "x-acquired-count"}
+NOTES |= {"x-first-death-queue", "x-first-death-reason", "x-first-death-exchange"}
+NOTES |= {"x-last-death-queue", "x-last-death-reason", "x-last-death-exchange"}
 
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -1,4 +1,4 @@
-"""Do the tasks in the queue 'tasks'. One that fails is tried again later, and at last parked."""
+"""Do the tasks in the queue 'tasks'. Try a failed task again later, and park it in the end."""
 
 import argparse
 import os
@@ -41,7 +41,7 @@ def declare_queues(channel):
     delay = {"x-message-ttl": 3000}  # milliseconds
     arguments = dead_letters_to("tasks") | delay
     channel.queue_declare(queue="tasks.retry", durable=True, arguments=arguments)
-    # Here, tasks wait for a human. Each look at them is a delivery, so the limit must be high.
+    # Here, tasks wait for a human. To look at a task is a delivery, so the limit must be high.
     no_limit = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000}
     channel.queue_declare(queue="tasks.parked", durable=True, arguments=no_limit)
 
@@ -68,8 +68,10 @@ def do_tasks():
         while True:
             do_task(*tasks.get())
     except BaseException as error:  # the output is closed or full, for example
-        print(f" [!] {error}", file=sys.stderr)
-        os._exit(1)
+        try:
+            print(f" [!] {error}", file=sys.stderr)
+        finally:  # standard error may be closed, too
+            os._exit(1)
 
 
 def do_task(channel, method, properties, body):
@@ -78,8 +80,8 @@ def do_task(channel, method, properties, body):
     text = body.decode(errors="backslashreplace")
     print(f" [x] Received '{text}'" + (" (redelivered)" if method.redelivered else ""))
     try:
-        work(text)
-    except BaseException as error:  # SystemExit, too, which would end this thread
+        work(os.fsdecode(body))  # new_task.py has used os.fsencode
+    except BaseException as error:  # also SystemExit, which would end this thread
         reason = f"{error!r:.200}"
         answer = partial(put_aside, channel, method, properties, body, reason)
     else:
@@ -91,17 +93,19 @@ def do_task(channel, method, properties, body):
 
 
 def work(text):
-    """Put your own work here. It may take as long as it likes, and it may raise an exception."""
+    """Put your own work here. It may take a long time, and it may raise an exception."""
     with open(text) as file:
         print(f" [.] {len(file.read().split())} words")
 
 
 def put_aside(channel, method, properties, body, reason):
-    """Send a failed task to where it waits: for its next try, or after the last one for a human."""
+    """Send a failed task to 'tasks.retry', or after its last try to 'tasks.parked'."""
     headers = properties.headers or {}
     now = time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime())
     failures = [*as_list(headers.get("failures")), f"{now} {reason}"]  # one for each failed try
     properties.headers = headers | {"failures": failures}
+    properties.expiration = None  # a task that waits for a human must not expire
+    properties.user_id = None  # RabbitMQ refuses the name of a user who is not the sender
     where = "tasks.retry" if len(failures) < options.tries else "tasks.parked"
     channel.basic_publish(
         exchange="", routing_key=where, body=body, properties=properties, mandatory=True
@@ -114,21 +118,28 @@ def put_aside(channel, method, properties, body, reason):
 
 
 def as_list(header):
-    """Return a header that should be a list. Whoever sends a task can put anything into it."""
+    """Return the header if it is a list, or else an empty list. Any sender can set any header."""
     return header if isinstance(header, list) else []
 
 
-tasks = queue.SimpleQueue()  # from pika's thread to the thread that works
+tasks = queue.SimpleQueue()  # from pika's thread to the thread that does the work
 worker = threading.Thread(target=do_tasks, daemon=True)
+
+
+def number_of_tries(text):
+    """Return the number, if it makes sense."""
+    if not 1 <= int(text) <= 100:
+        raise ValueError
+    return int(text)
 
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument(
     "--tries",
-    type=int,
+    type=number_of_tries,
     default=3,
     metavar="N",
-    help="park a task when it has failed this many times",
+    help="park a task when it has failed this many times, from 1 to 100",
 )
 
 

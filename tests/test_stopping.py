@@ -26,7 +26,7 @@ from tests.scripts import (
     replaced,
     start,
 )
-from tools import ROOT, environment
+from tools import ROOT, TIMEOUT, environment
 from tools.broker import eventually, free_port
 
 LOGS = [name for name in CONSUMERS if "logs" in name]  # they say on standard error that they wait
@@ -208,3 +208,32 @@ def test_a_closed_output_is_one_line(scripts: Scripts) -> None:
         )
         assert ended.returncode == 1
         assert ended.stderr == " [!] [Errno 9] Bad file descriptor\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "queue"),
+    [("work_queues/worker.py", "task_queue"), ("dead_letters/worker.py", "tasks")],
+)
+def test_a_worker_that_cannot_even_complain_ends(
+    amqp_url: str, channel: BlockingChannel, name: str, queue: str
+) -> None:
+    """With `2>&1 | head -1`, both outputs are lost after one line. The worker ends, and the task
+    that it had is in its queue again."""
+    script = subprocess.Popen(
+        [sys.executable, name],
+        cwd=ROOT,
+        env=environment(amqp_url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        assert script.stdout
+        with script.stdout:
+            assert script.stdout.readline().decode() == f"{CONSUMERS[name]}\n"
+        channel.confirm_delivery()
+        channel.basic_publish("", queue, b"task", mandatory=True)
+        assert script.wait(TIMEOUT) == 1
+    finally:
+        script.kill()
+        script.wait()
+    eventually(lambda: channel.basic_get(queue)[0], "the task is back")

@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 import pika
 import pytest
@@ -16,7 +17,7 @@ from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker
 from pika.spec import Basic
 
 from tests.proxy import ACK, PUBLISH, Proxy
-from tests.scripts import Script, Scripts
+from tests.scripts import SECRET, Script, Scripts, replaced
 from tools import ROOT
 from tools.broker import Broker, eventually, virtual_host_of
 
@@ -467,6 +468,32 @@ def test_a_task_that_fails_neither_ends_its_worker_nor_is_lost(
     method, kept, body = channel.basic_get("task_queue", auto_ack=True)
     assert method and kept and body == b"two"  # noqa: PT018
     assert (kept.delivery_mode, kept.message_id, kept.headers) == (2, "its id", {"a": 1})
+
+
+def test_a_failed_task_may_name_its_sender(
+    broker: Broker, scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """RabbitMQ checks that a message names the user who sends it. The worker is not that user, and
+    sends a failed task to the end of the queue all the same."""
+    source = (ROOT / "work_queues/worker.py").read_text()
+    copy = tmp_path / "worker.py"
+    copy.write_text(source.replace('time.sleep(text.count("."))', "int(text)"))
+    failing = worker(scripts, script=copy)
+    virtual_host = virtual_host_of(scripts.amqp_url)
+    permissions = {"configure": "", "write": ".*", "read": ""}
+    broker.api("PUT", "users/sender", {"password": SECRET, "tags": ""})
+    try:
+        broker.api("PUT", f"permissions/{virtual_host}/sender", permissions)
+        url = pika.URLParameters(replaced(scripts.amqp_url, user=f"sender:{quote(SECRET)}"))
+        with closing(pika.BlockingConnection(url)) as connection:
+            properties = pika.BasicProperties(user_id="sender")
+            connection.channel().basic_publish("", "task_queue", b"two", properties)
+        failing.expect(received("two"), count=2)
+    finally:
+        broker.api("DELETE", "users/sender")
+    failing.stop()
+    assert all("'two' failed" in line for line in failing.err.seen)
+    eventually(lambda: ready(channel) == 1, "the task is in its queue, once")
 
 
 def test_work_in_the_callback_is_lost_on_a_task_longer_than_the_heartbeat(

@@ -47,8 +47,10 @@ def do_tasks():
         while True:
             do_task(*tasks.get())
     except BaseException as error:  # the output is closed or full, for example
-        print(f" [!] {error}", file=sys.stderr)
-        os._exit(1)
+        try:
+            print(f" [!] {error}", file=sys.stderr)
+        finally:  # standard error may be closed, too
+            os._exit(1)
 
 
 def do_task(channel, method, properties, body):
@@ -58,9 +60,9 @@ def do_task(channel, method, properties, body):
     print(f" [x] Received '{text}'" + (" (redelivered)" if method.redelivered else ""))
     try:
         work(text)
-    except BaseException as error:  # SystemExit, too, which would end this thread
+    except BaseException as error:  # also SystemExit, which would end this thread
         print(f" [!] '{text}' failed: {error!r}", file=sys.stderr)
-        time.sleep(1)  # or a task that always fails would be tried without a pause
+        time.sleep(1)  # otherwise a task that always fails would be tried without a pause
         answer = partial(put_back, channel, method, properties, body)
     else:
         print(" [x] Done")
@@ -73,7 +75,7 @@ def do_task(channel, method, properties, body):
 
 
 def work(text):
-    """Put your own work here. It may take as long as it likes, and it may raise an exception."""
+    """Put your own work here. It may take a long time, and it may raise an exception."""
     time.sleep(text.count("."))
 
 
@@ -87,7 +89,7 @@ def put_back(channel, method, properties, body):
     channel.basic_ack(delivery_tag=method.delivery_tag)
 
 
-tasks = queue.SimpleQueue()  # from pika's thread to the thread that works
+tasks = queue.SimpleQueue()  # from pika's thread to the thread that does the work
 worker = threading.Thread(target=do_tasks, daemon=True)
 
 
