@@ -62,11 +62,11 @@ class Pipe:
         while data:
             data = data[os.write(self._end, data) :]
 
-    def fill(self) -> int:
-        """Write lines of 1 kB until the pipe stays full, and return their number."""
+    def fill(self, at_least: int) -> int:
+        """Write so many lines of 1 kB, and more until the pipe stays full. Return their number."""
         os.set_blocking(self._end, False)
         written, last = 0, time.monotonic()
-        while time.monotonic() < last + 1:
+        while written < at_least or time.monotonic() < last + 1:
             try:
                 os.write(self._end, b"x" * 1023 + b"\n")  # all or nothing
                 written, last = written + 1, time.monotonic()
@@ -212,7 +212,7 @@ def test_several_tasks_may_be_rejected_at_once(
     def watch(index: int, _to_broker: bool) -> bool:
         if index == PUBLISH:
             published.append(time.monotonic())
-        return index != ACK or len(published) > 10
+        return index != ACK
 
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
         script = scripts.start(NEW_TASKS, numbered_lines(tmp_path, 10), amqp_url=proxy.url)
@@ -220,6 +220,8 @@ def test_several_tasks_may_be_rejected_at_once(
         proxy.say(Basic.Ack(delivery_tag=2))
         proxy.say(Basic.Nack(delivery_tag=5, multiple=True))  # 1, 3, 4 and 5
         proxy.say(Basic.Ack(delivery_tag=10, multiple=True))
+        eventually(lambda: ready(channel) == 14, "they are in the queue again")
+        proxy.say(Basic.Ack(delivery_tag=14, multiple=True))
         assert script.wait() == 0
     assert script.err.seen == [REJECTED]
     assert published[10] - published[9] > 0.9
@@ -309,11 +311,13 @@ def test_three_kills_of_the_broker_lose_no_task(
 ) -> None:
     """100,000 tasks: each is in the queue at the end. Those that are there twice were counted."""
     count = 100_000
-    script = scripts.start(NEW_TASKS, numbered_lines(tmp_path, count))
 
     def connect() -> BlockingChannel:
         return pika.BlockingConnection(pika.URLParameters(scripts.amqp_url)).channel()
 
+    ready(connect())  # declares the queue
+    own_broker.sync()
+    script = scripts.start(NEW_TASKS, numbered_lines(tmp_path, count))
     for kill_at in (10_000, 35_000, 60_000):
         channel = connect()
         eventually(lambda: ready(channel) >= kill_at, f"{kill_at} tasks are sent", 60)  # noqa: B023
@@ -350,9 +354,9 @@ def test_the_back_pressure_of_the_broker_stops_the_reading(
         eventually(lambda: "memory" in own_broker.rabbitmqctl("eval", alarms), "it is short of it")
         pipe.write(b"\n")
         script.expect_error(NO_MEMORY)
-        taken = pipe.fill() + 2
+        taken = pipe.fill(at_least=2 * 50) + 2
         # Two windows, what a pipe holds, and what Python and RabbitMQ read ahead: all of 1 kB
-        assert 100 <= taken < 50 + 50 + 64 + 300
+        assert taken < 50 + 50 + 64 + 300
     finally:
         own_broker.rabbitmqctl("set_vm_memory_high_watermark", "0.6")
     pipe.close()
@@ -505,7 +509,7 @@ def test_what_rabbitmq_refuses_is_one_line(
     assert "ACCESS_REFUSED" in refused(replaced(scripts.amqp_url, user=f"guest:{SECRET}"))
     assert "NOT_ALLOWED" in refused(replaced(scripts.amqp_url, path="/nowhere"))
     assert "must look like" in refused(SECRET)
-    assert "Name or service not known" in refused(NODE_WITHOUT_ADDRESS)
+    assert "gaierror" in refused(NODE_WITHOUT_ADDRESS)
     channel.queue_declare("task_queue", durable=True, arguments={"x-max-length": 5})
     assert "PRECONDITION_FAILED" in refused(scripts.amqp_url)
 
