@@ -40,7 +40,8 @@ class Publisher:
         self.unconfirmed = {}  # by delivery tag, in the order in which they were sent
         self.again = deque()
         self.taken = 0  # how many tasks have left `lines`
-        self.ended = False  # no more tasks will come
+        self.ended = False  # whether all lines have been taken
+        self.read_error = None  # why no more lines could be read
         self.resent = 0  # how many tasks were sent again after a connection was lost
         self.ioloop = IOLoop()  # waits for RabbitMQ, and calls our methods when something happens
         self.channel = None
@@ -50,7 +51,10 @@ class Publisher:
         self.shows_progress = os.isatty(2) and not file.isatty()
 
     def run(self):
-        """Send all tasks, over as many connections as that takes. Raises AMQPError."""
+        """Send all tasks. If the connection is lost, connect again.
+
+        Raises AMQPError, or OSError if a line cannot be read.
+        """
         threading.Thread(target=self.read, daemon=True).start()
         self.show_progress()
         while True:
@@ -68,10 +72,9 @@ class Publisher:
         try:
             for number, line in enumerate(self.file, start=1):
                 self.put((number, line.removesuffix(b"\n")))
-            self.put(None)
-        except OSError as error:
-            self.report(f"{error}. {self.how_far()}")
-            os._exit(1)
+        except Exception as error:
+            self.read_error = error  # finish() raises it, when all lines before it are confirmed
+        self.put(None)
 
     def put(self, task):
         self.lines.put(task)  # waits while `lines` is full
@@ -238,6 +241,8 @@ class Publisher:
             print(file=sys.stderr)
         if self.resent:
             self.report(f"{self.resent} tasks were sent again, and may be in the queue twice")
+        if self.read_error:
+            raise OSError(f"A line cannot be read: {self.read_error!r}. {self.how_far()}")
 
     def on_signal(self, number, frame):
         """Say how far we are, and end."""
@@ -284,5 +289,7 @@ if __name__ == "__main__":
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
     except (AMQPError, OSError) as error:  # an OSError: the output is closed or full
-        print(f" [!] {error}", file=sys.stderr)
-        os._exit(1)  # sys.exit would try again to write what could not be written
+        try:
+            print(f" [!] {error}", file=sys.stderr)
+        finally:
+            os._exit(1)  # sys.exit would try again to write what could not be written

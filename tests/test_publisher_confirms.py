@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+import tty
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import IO
 
 import pexpect
 import pika
@@ -524,6 +528,76 @@ def test_a_task_that_is_too_large_is_one_line(
     assert "PRECONDITION_FAILED - message size" in line
     assert line.endswith("). 1 tasks are confirmed. The first line that is not confirmed is line 2")
     assert ready(channel) == 1
+
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+FIRST_UNREAD = "2 tasks are confirmed. The first line that is not confirmed is line 3"
+
+
+def two_lines_and_an_error() -> IO[bytes]:
+    """Return a file for which this is what comes when it is read."""
+    descriptor, terminal = os.openpty()
+    tty.setraw(terminal)
+    os.write(terminal, b"one\ntwo\n")
+    os.close(terminal)
+    return open(descriptor, "rb", buffering=0)
+
+
+@needs_linux
+def test_input_that_cannot_be_read_on_is_one_line(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """All lines before are sent and confirmed first. The line says where to go on."""
+    with two_lines_and_an_error() as lines:
+        ended = subprocess.run(
+            [sys.executable, ROOT / NEW_TASKS],
+            env=environment(scripts.amqp_url),
+            stdin=lines,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    error = "OSError(5, 'Input/output error')"
+    assert ended.stderr == f" [!] A line cannot be read: {error}. {FIRST_UNREAD}\n"
+    assert take_all(channel) == [b"one", b"two"]
+
+
+@needs_linux
+def test_a_line_that_is_larger_than_the_memory_is_one_line(
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """The lines before are sent and confirmed."""
+    os.mkfifo(path := tmp_path / "pipe")
+    script = scripts.start(NEW_TASKS, str(path))
+    process_id = script.process.pid
+    with contextlib.suppress(BrokenPipeError), open(path, "wb", buffering=0) as lines:
+        lines.write(b"one\ntwo\n")
+        eventually(lambda: ready(channel) == 2, "both tasks arrive")
+        pages = int(Path(f"/proc/{process_id}/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 2**26
+        resource.prlimit(process_id, resource.RLIMIT_AS, (limit, limit))
+        while True:
+            lines.write(bytes(2**20))
+    assert one_line(script) == f" [!] A line cannot be read: MemoryError(). {FIRST_UNREAD}"
+
+
+@needs_linux
+def test_output_that_nobody_can_read_keeps_it_from_nothing(scripts: Scripts) -> None:
+    """If both outputs are closed pipes, the script can report nothing. It ends all the same."""
+    read, broken = os.pipe()
+    os.close(read)
+    with two_lines_and_an_error() as lines, open(broken, "wb") as output:
+        for stdin in (lines, subprocess.DEVNULL):
+            ended = subprocess.run(
+                [sys.executable, ROOT / NEW_TASKS],
+                env=environment(scripts.amqp_url),
+                stdin=stdin,
+                stdout=output,
+                stderr=output,
+                timeout=20,
+            )
+            assert ended.returncode == 1
 
 
 def test_what_it_does_not_know_is_refused(scripts: Scripts, tmp_path: Path) -> None:
