@@ -45,7 +45,9 @@ class Publisher:
         self.resent = 0  # how many tasks were sent again after a connection was lost
         self.ioloop = IOLoop()  # waits for RabbitMQ, and calls our methods when something happens
         self.channel = None
-        self.worked = False  # RabbitMQ has accepted our connection and our queue
+        self.worked = False  # whether RabbitMQ has ever accepted our connection and our queue
+        self.silence = 0  # for how many seconds no confirm has come, though tasks are unconfirmed
+        self.calm = 0  # for how many seconds no task was rejected and no connection was lost
         self.reported = ""
         self.begin = time.monotonic()
         self.shows_progress = os.isatty(2) and not file.isatty()
@@ -57,6 +59,7 @@ class Publisher:
         """
         threading.Thread(target=self.read, daemon=True).start()
         self.show_progress()
+        self.watch()
         while True:
             for broker in brokers():
                 self.use(broker)
@@ -151,7 +154,8 @@ class Publisher:
     def on_confirm(self, frame):
         """Remove from `unconfirmed` what RabbitMQ has stored, or rejected."""
         if not self.is_open():
-            return  # on_return has closed it
+            return  # on_return has closed the connection
+        self.silence = 0
         tags = [frame.method.delivery_tag]
         if frame.method.multiple:  # it is about all tasks up to this one
             tags = list(takewhile(lambda tag: tag <= frame.method.delivery_tag, self.unconfirmed))
@@ -229,6 +233,16 @@ class Publisher:
             line = f" [.] {confirmed} confirmed, {rate:.0f} per second"
             print(line, end="\r", file=sys.stderr, flush=True)  # the next line takes its place
             self.ioloop.call_later(0.1, self.show_progress)
+
+    def watch(self):
+        """Once a second, look whether confirms come, and whether earlier trouble is over."""
+        self.silence = self.silence + 1 if self.unconfirmed else 0
+        if self.silence == 10:
+            self.report("No confirm for 10 seconds; still waiting")
+        self.calm = self.calm + 1 if self.is_open() and not self.again else 0
+        if self.calm >= 10:
+            self.reported = ""  # if the trouble comes back, report it again
+        self.ioloop.call_later(1, self.watch)
 
     def report(self, text):
         if text != self.reported:

@@ -33,6 +33,7 @@ NEW_TASKS = "publisher_confirms/new_tasks.py"
 LOST = re.compile(r" \[!\] .+; trying again every second")
 REJECTED = " [!] The queue rejects tasks, perhaps because it is full; trying again every second"
 NO_MEMORY = " [!] RabbitMQ is short of memory or disk space, and takes no tasks until it has more"
+NO_CONFIRM = " [!] No confirm for 10 seconds; still waiting"
 NODE_WITHOUT_ADDRESS = "amqp://guest:guest@nowhere.invalid:5672/%2F"
 
 
@@ -86,6 +87,26 @@ class Pipe:
 def ready(channel: BlockingChannel) -> int:
     """Return how many tasks are in the queue, as the broker counts them."""
     return int(channel.queue_declare("task_queue", durable=True).method.message_count)
+
+
+def limit_queue(broker: Broker, scripts: Scripts, length: int) -> None:
+    """Let the queue reject tasks as soon as it has so many."""
+    full = {"max-length": length, "overflow": "reject-publish"}
+    policy = {"pattern": ".*", "definition": full, "apply-to": "queues"}
+    broker.api("PUT", f"policies/{virtual_host_of(scripts.amqp_url)}/full", policy)
+
+
+def take(channel: BlockingChannel, count: int) -> list[bytes]:
+    """Take so many tasks out of the queue, while more arrive."""
+    tasks: list[bytes] = []
+
+    def enough() -> bool:
+        method, _properties, body = channel.basic_get("task_queue", auto_ack=True)
+        tasks.extend([body or b""] * bool(method))
+        return len(tasks) >= count
+
+    eventually(enough, f"{count} tasks are done")
+    return tasks
 
 
 def take_all(channel: BlockingChannel) -> list[bytes]:
@@ -258,24 +279,54 @@ def test_a_full_queue_gets_the_rest_later(
     broker: Broker, scripts: Scripts, channel: BlockingChannel, tmp_path: Path
 ) -> None:
     """What a full queue rejects is sent again every second, until somebody makes room for it."""
-    virtual_host = virtual_host_of(scripts.amqp_url)
-    full = {"max-length": 10, "overflow": "reject-publish"}
-    policy = {"pattern": ".*", "definition": full, "apply-to": "queues"}
-    broker.api("PUT", f"policies/{virtual_host}/full", policy)
+    limit_queue(broker, scripts, 10)
     script = scripts.start(NEW_TASKS, "--window", "20", numbered_lines(tmp_path, 40))
     script.expect_error(REJECTED)
-    done: list[bytes] = []
-
-    def all_done() -> bool:
-        method, _properties, body = channel.basic_get("task_queue", auto_ack=True)
-        done.extend([body or b""] * bool(method))
-        return len(done) >= 40
-
-    eventually(all_done, "all tasks are done")
+    done = take(channel, 40)
     assert script.wait() == 0
     assert sorted(done) == sorted(numbers(40))  # each once
     assert script.out.seen == [sent(40)]
     assert script.err.seen == [REJECTED]
+
+
+def test_trouble_that_comes_back_is_reported_again(
+    broker: Broker, scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """A queue that stays full is reported once. One that is full again later is reported again."""
+    limit_queue(broker, scripts, 1)
+    pipe = Pipe(tmp_path)
+    script = scripts.start(NEW_TASKS, pipe.path)
+    for times in (1, 2):
+        pipe.write(b"one\ntwo\n")
+        script.expect_error(REJECTED, count=times)
+        take(channel, 2)
+        time.sleep(13 * (times == 1))  # the script forgets the trouble after ten seconds
+    pipe.close()
+    assert script.wait() == 0
+    assert script.err.seen == [REJECTED] * 2
+
+
+def test_a_lack_of_confirms_is_reported(scripts: Scripts, tmp_path: Path) -> None:
+    """If none comes for ten seconds, the script says so, once. When they come, it goes on."""
+    held: list[float] = []  # when confirms came
+    may_confirm = threading.Event()
+
+    def watch(index: int, _to_broker: bool) -> bool:
+        if index == ACK:
+            held.append(time.monotonic())
+            may_confirm.wait(60)
+        return True
+
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        arguments = ("--window", "10", numbered_lines(tmp_path, 100))
+        script = scripts.start(NEW_TASKS, *arguments, amqp_url=proxy.url)
+        script.expect_error(NO_CONFIRM, timeout=30)
+        assert script.err.time_of(NO_CONFIRM) - held[0] > 8
+        time.sleep(2)  # it says nothing more
+        may_confirm.set()
+        assert script.wait() == 0
+    assert script.out.seen == [sent(100)]
+    assert script.err.seen == [NO_CONFIRM]
 
 
 def test_a_lost_connection_loses_no_task(
