@@ -266,7 +266,7 @@ class Publisher:
         text = f"Stopped. {self.how_far()}"
         telling = threading.Thread(target=self.report, args=[text], daemon=True)
         telling.start()
-        telling.join(timeout=0.5)
+        telling.join(timeout=0.2)
         os._exit(128 + number)
 
 
