@@ -28,9 +28,9 @@ def main():
 class Publisher:
     """Sends the lines of a file as tasks, and keeps each task until RabbitMQ has confirmed it.
 
-    A task is the number of its line, and the line. It comes from the file into `lines`, moves to
-    `unconfirmed` when it is sent, and is forgotten when it is confirmed. If it must be sent again,
-    it waits in `again`.
+    A task is a pair: the number of a line, and the line itself. When it has been read, it waits in
+    `lines`. When it is sent, it moves to `unconfirmed`. When it is confirmed, it is removed. If it
+    must be sent again, it waits in `again`.
     """
 
     def __init__(self, file, window):
@@ -81,13 +81,13 @@ class Publisher:
 
     def put(self, task):
         self.lines.put(task)  # waits while `lines` is full
-        if self.lines.qsize() == 1:  # it was empty: pika's thread may be waiting for this task
+        if self.lines.qsize() == 1:  # it was empty: pika may be waiting for this task
             self.ioloop.add_callback_threadsafe(self.send)
 
-    # --- All that follows runs in pika's thread ---
+    # --- Sending, and RabbitMQ's answers: all this runs in the main thread, as pika does ---
 
     def use(self, broker):
-        """Send tasks over a connection to this broker, until all are confirmed or it is lost."""
+        """Connect to this broker, and send tasks until all are confirmed or the connection ends."""
         self.error = None
         pika.SelectConnection(
             broker,
@@ -176,8 +176,8 @@ class Publisher:
     def on_return(self, channel, method, properties, body):
         """Begin again with a new connection: the queue is not there, and has to be declared.
 
-        RabbitMQ returns the task, and then confirms it, as there is nothing left to do with it.
-        So no confirm that comes after this counts.
+        RabbitMQ returns the task, and then confirms it, although it has not stored it. So we
+        ignore all confirms that come after this.
         """
         if self.is_open():
             channel.connection.close(404, "The queue is gone")
@@ -262,7 +262,7 @@ class Publisher:
         """Say how far we are, and end."""
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)  # we are about to end
-        # Nobody may be reading our output. Then print() waits forever, but only in its thread.
+        # Perhaps nobody reads our output. Then print() waits forever, so another thread calls it.
         text = f"Stopped. {self.how_far()}"
         telling = threading.Thread(target=self.report, args=[text], daemon=True)
         telling.start()
@@ -279,7 +279,7 @@ def positive(text):
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("file", nargs="?", default=0, metavar="FILE")
 parser.add_argument(
-    "--window", type=positive, default=1000, metavar="N", help="how many may be unconfirmed"
+    "--window", type=positive, default=1000, metavar="N", help="how many tasks may be unconfirmed"
 )
 
 

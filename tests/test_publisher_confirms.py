@@ -257,7 +257,10 @@ def test_several_tasks_may_be_rejected_at_once(
 def test_a_task_that_comes_back_is_sent_again(
     scripts: Scripts, channel: BlockingChannel, tmp_path: Path
 ) -> None:
-    """If the queue is deleted, the script declares it again, and all tasks are in it at last."""
+    """If the queue is deleted, the script declares it again, and sends those again that come back.
+
+    Here the queue is deleted before it has stored a task. So at last all tasks are in it.
+    """
     deleted = False
 
     def watch(index: int, _to_broker: bool) -> bool:
