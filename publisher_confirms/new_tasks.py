@@ -28,9 +28,9 @@ def main():
 class Publisher:
     """Sends the lines of a file as tasks, and keeps each task until RabbitMQ has confirmed it.
 
-    A task is the number of its line, and the line. It comes from the file into `lines`, moves to
-    `unconfirmed` when it is sent, and is forgotten when it is confirmed. If it must be sent again,
-    it waits in `again`.
+    A task is a pair: the number of a line, and the line itself. When it has been read, it waits in
+    `lines`. When it is sent, it moves to `unconfirmed`. When it is confirmed, it is removed. If it
+    must be sent again, it waits in `again`.
     """
 
     def __init__(self, file, window):
@@ -40,19 +40,26 @@ class Publisher:
         self.unconfirmed = {}  # by delivery tag, in the order in which they were sent
         self.again = deque()
         self.taken = 0  # how many tasks have left `lines`
-        self.ended = False  # no more tasks will come
+        self.ended = False  # whether all lines have been taken
+        self.read_error = None  # why no more lines could be read
         self.resent = 0  # how many tasks were sent again after a connection was lost
         self.ioloop = IOLoop()  # waits for RabbitMQ, and calls our methods when something happens
         self.channel = None
-        self.worked = False  # RabbitMQ has accepted our connection and our queue
+        self.worked = False  # whether RabbitMQ has ever accepted our connection and our queue
+        self.silence = 0  # for how many seconds no confirm has come, though tasks are unconfirmed
+        self.calm = 0  # for how many seconds no task was rejected and no connection was lost
         self.reported = ""
         self.begin = time.monotonic()
         self.shows_progress = os.isatty(2) and not file.isatty()
 
     def run(self):
-        """Send all tasks, over as many connections as that takes. Raises AMQPError."""
+        """Send all tasks. If the connection is lost, connect again.
+
+        Raises AMQPError, or OSError if a line cannot be read.
+        """
         threading.Thread(target=self.read, daemon=True).start()
         self.show_progress()
+        self.watch()
         while True:
             for broker in brokers():
                 self.use(broker)
@@ -68,20 +75,19 @@ class Publisher:
         try:
             for number, line in enumerate(self.file, start=1):
                 self.put((number, line.removesuffix(b"\n")))
-            self.put(None)
-        except OSError as error:
-            self.report(f"{error}. {self.how_far()}")
-            os._exit(1)
+        except Exception as error:
+            self.read_error = error  # finish() raises it, when all lines before it are confirmed
+        self.put(None)
 
     def put(self, task):
         self.lines.put(task)  # waits while `lines` is full
-        if self.lines.qsize() == 1:  # it was empty: pika's thread may be waiting for this task
+        if self.lines.qsize() == 1:  # it was empty: pika may be waiting for this task
             self.ioloop.add_callback_threadsafe(self.send)
 
-    # --- All that follows runs in pika's thread ---
+    # --- Sending, and RabbitMQ's answers: all this runs in the main thread, as pika does ---
 
     def use(self, broker):
-        """Send tasks over a connection to this broker, until all are confirmed or it is lost."""
+        """Connect to this broker, and send tasks until all are confirmed or the connection ends."""
         self.error = None
         pika.SelectConnection(
             broker,
@@ -148,7 +154,8 @@ class Publisher:
     def on_confirm(self, frame):
         """Remove from `unconfirmed` what RabbitMQ has stored, or rejected."""
         if not self.is_open():
-            return  # on_return has closed it
+            return  # on_return has closed the connection
+        self.silence = 0
         tags = [frame.method.delivery_tag]
         if frame.method.multiple:  # it is about all tasks up to this one
             tags = list(takewhile(lambda tag: tag <= frame.method.delivery_tag, self.unconfirmed))
@@ -169,8 +176,8 @@ class Publisher:
     def on_return(self, channel, method, properties, body):
         """Begin again with a new connection: the queue is not there, and has to be declared.
 
-        RabbitMQ returns the task, and then confirms it, as there is nothing left to do with it.
-        So no confirm that comes after this counts.
+        RabbitMQ returns the task, and then confirms it, although it has not stored it. So we
+        ignore all confirms that come after this.
         """
         if self.is_open():
             channel.connection.close(404, "The queue is gone")
@@ -227,6 +234,16 @@ class Publisher:
             print(line, end="\r", file=sys.stderr, flush=True)  # the next line takes its place
             self.ioloop.call_later(0.1, self.show_progress)
 
+    def watch(self):
+        """Once a second, look whether confirms come, and whether earlier trouble is over."""
+        self.silence = self.silence + 1 if self.unconfirmed else 0
+        if self.silence == 10:
+            self.report("No confirm for 10 seconds; still waiting")
+        self.calm = self.calm + 1 if self.is_open() and not self.again else 0
+        if self.calm >= 10:
+            self.reported = ""  # if the trouble comes back, report it again
+        self.ioloop.call_later(1, self.watch)
+
     def report(self, text):
         if text != self.reported:
             print(f" [!] {text}", file=sys.stderr)
@@ -238,16 +255,18 @@ class Publisher:
             print(file=sys.stderr)
         if self.resent:
             self.report(f"{self.resent} tasks were sent again, and may be in the queue twice")
+        if self.read_error:
+            raise OSError(f"A line cannot be read: {self.read_error!r}. {self.how_far()}")
 
     def on_signal(self, number, frame):
         """Say how far we are, and end."""
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)  # we are about to end
-        # Nobody may be reading our output. Then print() waits forever, but only in its thread.
+        # Perhaps nobody reads our output. Then print() waits forever, so another thread calls it.
         text = f"Stopped. {self.how_far()}"
         telling = threading.Thread(target=self.report, args=[text], daemon=True)
         telling.start()
-        telling.join(timeout=0.5)
+        telling.join(timeout=0.2)
         os._exit(128 + number)
 
 
@@ -260,7 +279,7 @@ def positive(text):
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("file", nargs="?", default=0, metavar="FILE")
 parser.add_argument(
-    "--window", type=positive, default=1000, metavar="N", help="how many may be unconfirmed"
+    "--window", type=positive, default=1000, metavar="N", help="how many tasks may be unconfirmed"
 )
 
 
@@ -284,5 +303,7 @@ if __name__ == "__main__":
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
     except (AMQPError, OSError) as error:  # an OSError: the output is closed or full
-        print(f" [!] {error}", file=sys.stderr)
-        os._exit(1)  # sys.exit would try again to write what could not be written
+        try:
+            print(f" [!] {error}", file=sys.stderr)
+        finally:
+            os._exit(1)  # sys.exit would try again to write what could not be written

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+import tty
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import IO
 
 import pexpect
 import pika
@@ -29,6 +33,7 @@ NEW_TASKS = "publisher_confirms/new_tasks.py"
 LOST = re.compile(r" \[!\] .+; trying again every second")
 REJECTED = " [!] The queue rejects tasks, perhaps because it is full; trying again every second"
 NO_MEMORY = " [!] RabbitMQ is short of memory or disk space, and takes no tasks until it has more"
+NO_CONFIRM = " [!] No confirm for 10 seconds; still waiting"
 NODE_WITHOUT_ADDRESS = "amqp://guest:guest@nowhere.invalid:5672/%2F"
 
 
@@ -62,11 +67,11 @@ class Pipe:
         while data:
             data = data[os.write(self._end, data) :]
 
-    def fill(self) -> int:
-        """Write lines of 1 kB until the pipe stays full, and return their number."""
+    def fill(self, at_least: int) -> int:
+        """Write so many lines of 1 kB, and more until the pipe stays full. Return their number."""
         os.set_blocking(self._end, False)
         written, last = 0, time.monotonic()
-        while time.monotonic() < last + 1:
+        while written < at_least or time.monotonic() < last + 1:
             try:
                 os.write(self._end, b"x" * 1023 + b"\n")  # all or nothing
                 written, last = written + 1, time.monotonic()
@@ -82,6 +87,26 @@ class Pipe:
 def ready(channel: BlockingChannel) -> int:
     """Return how many tasks are in the queue, as the broker counts them."""
     return int(channel.queue_declare("task_queue", durable=True).method.message_count)
+
+
+def limit_queue(broker: Broker, scripts: Scripts, length: int) -> None:
+    """Let the queue reject tasks as soon as it has so many."""
+    full = {"max-length": length, "overflow": "reject-publish"}
+    policy = {"pattern": ".*", "definition": full, "apply-to": "queues"}
+    broker.api("PUT", f"policies/{virtual_host_of(scripts.amqp_url)}/full", policy)
+
+
+def take(channel: BlockingChannel, count: int) -> list[bytes]:
+    """Take so many tasks out of the queue, while more arrive."""
+    tasks: list[bytes] = []
+
+    def enough() -> bool:
+        method, _properties, body = channel.basic_get("task_queue", auto_ack=True)
+        tasks.extend([body or b""] * bool(method))
+        return len(tasks) >= count
+
+    eventually(enough, f"{count} tasks are done")
+    return tasks
 
 
 def take_all(channel: BlockingChannel) -> list[bytes]:
@@ -212,7 +237,7 @@ def test_several_tasks_may_be_rejected_at_once(
     def watch(index: int, _to_broker: bool) -> bool:
         if index == PUBLISH:
             published.append(time.monotonic())
-        return index != ACK or len(published) > 10
+        return index != ACK
 
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
         script = scripts.start(NEW_TASKS, numbered_lines(tmp_path, 10), amqp_url=proxy.url)
@@ -220,6 +245,8 @@ def test_several_tasks_may_be_rejected_at_once(
         proxy.say(Basic.Ack(delivery_tag=2))
         proxy.say(Basic.Nack(delivery_tag=5, multiple=True))  # 1, 3, 4 and 5
         proxy.say(Basic.Ack(delivery_tag=10, multiple=True))
+        eventually(lambda: ready(channel) == 14, "they are in the queue again")
+        proxy.say(Basic.Ack(delivery_tag=14, multiple=True))
         assert script.wait() == 0
     assert script.err.seen == [REJECTED]
     assert published[10] - published[9] > 0.9
@@ -230,7 +257,10 @@ def test_several_tasks_may_be_rejected_at_once(
 def test_a_task_that_comes_back_is_sent_again(
     scripts: Scripts, channel: BlockingChannel, tmp_path: Path
 ) -> None:
-    """If the queue is deleted, the script declares it again, and all tasks are in it at last."""
+    """If the queue is deleted, the script declares it again, and sends those again that come back.
+
+    Here the queue is deleted before it has stored a task. So at last all tasks are in it.
+    """
     deleted = False
 
     def watch(index: int, _to_broker: bool) -> bool:
@@ -252,24 +282,54 @@ def test_a_full_queue_gets_the_rest_later(
     broker: Broker, scripts: Scripts, channel: BlockingChannel, tmp_path: Path
 ) -> None:
     """What a full queue rejects is sent again every second, until somebody makes room for it."""
-    virtual_host = virtual_host_of(scripts.amqp_url)
-    full = {"max-length": 10, "overflow": "reject-publish"}
-    policy = {"pattern": ".*", "definition": full, "apply-to": "queues"}
-    broker.api("PUT", f"policies/{virtual_host}/full", policy)
+    limit_queue(broker, scripts, 10)
     script = scripts.start(NEW_TASKS, "--window", "20", numbered_lines(tmp_path, 40))
     script.expect_error(REJECTED)
-    done: list[bytes] = []
-
-    def all_done() -> bool:
-        method, _properties, body = channel.basic_get("task_queue", auto_ack=True)
-        done.extend([body or b""] * bool(method))
-        return len(done) >= 40
-
-    eventually(all_done, "all tasks are done")
+    done = take(channel, 40)
     assert script.wait() == 0
     assert sorted(done) == sorted(numbers(40))  # each once
     assert script.out.seen == [sent(40)]
     assert script.err.seen == [REJECTED]
+
+
+def test_trouble_that_comes_back_is_reported_again(
+    broker: Broker, scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """A queue that stays full is reported once. One that is full again later is reported again."""
+    limit_queue(broker, scripts, 1)
+    pipe = Pipe(tmp_path)
+    script = scripts.start(NEW_TASKS, pipe.path)
+    for times in (1, 2):
+        pipe.write(b"one\ntwo\n")
+        script.expect_error(REJECTED, count=times)
+        take(channel, 2)
+        time.sleep(13 * (times == 1))  # the script forgets the trouble after ten seconds
+    pipe.close()
+    assert script.wait() == 0
+    assert script.err.seen == [REJECTED] * 2
+
+
+def test_a_lack_of_confirms_is_reported(scripts: Scripts, tmp_path: Path) -> None:
+    """If none comes for ten seconds, the script says so, once. When they come, it goes on."""
+    held: list[float] = []  # when confirms came
+    may_confirm = threading.Event()
+
+    def watch(index: int, _to_broker: bool) -> bool:
+        if index == ACK:
+            held.append(time.monotonic())
+            may_confirm.wait(60)
+        return True
+
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        arguments = ("--window", "10", numbered_lines(tmp_path, 100))
+        script = scripts.start(NEW_TASKS, *arguments, amqp_url=proxy.url)
+        script.expect_error(NO_CONFIRM, timeout=30)
+        assert script.err.time_of(NO_CONFIRM) - held[0] > 8
+        time.sleep(2)  # it says nothing more
+        may_confirm.set()
+        assert script.wait() == 0
+    assert script.out.seen == [sent(100)]
+    assert script.err.seen == [NO_CONFIRM]
 
 
 def test_a_lost_connection_loses_no_task(
@@ -309,11 +369,13 @@ def test_three_kills_of_the_broker_lose_no_task(
 ) -> None:
     """100,000 tasks: each is in the queue at the end. Those that are there twice were counted."""
     count = 100_000
-    script = scripts.start(NEW_TASKS, numbered_lines(tmp_path, count))
 
     def connect() -> BlockingChannel:
         return pika.BlockingConnection(pika.URLParameters(scripts.amqp_url)).channel()
 
+    ready(connect())  # declares the queue
+    own_broker.sync()
+    script = scripts.start(NEW_TASKS, numbered_lines(tmp_path, count))
     for kill_at in (10_000, 35_000, 60_000):
         channel = connect()
         eventually(lambda: ready(channel) >= kill_at, f"{kill_at} tasks are sent", 60)  # noqa: B023
@@ -350,9 +412,9 @@ def test_the_back_pressure_of_the_broker_stops_the_reading(
         eventually(lambda: "memory" in own_broker.rabbitmqctl("eval", alarms), "it is short of it")
         pipe.write(b"\n")
         script.expect_error(NO_MEMORY)
-        taken = pipe.fill() + 2
+        taken = pipe.fill(at_least=2 * 50) + 2
         # Two windows, what a pipe holds, and what Python and RabbitMQ read ahead: all of 1 kB
-        assert 100 <= taken < 50 + 50 + 64 + 300
+        assert taken < 50 + 50 + 64 + 300
     finally:
         own_broker.rabbitmqctl("set_vm_memory_high_watermark", "0.6")
     pipe.close()
@@ -505,7 +567,7 @@ def test_what_rabbitmq_refuses_is_one_line(
     assert "ACCESS_REFUSED" in refused(replaced(scripts.amqp_url, user=f"guest:{SECRET}"))
     assert "NOT_ALLOWED" in refused(replaced(scripts.amqp_url, path="/nowhere"))
     assert "must look like" in refused(SECRET)
-    assert "Name or service not known" in refused(NODE_WITHOUT_ADDRESS)
+    assert "gaierror" in refused(NODE_WITHOUT_ADDRESS)
     channel.queue_declare("task_queue", durable=True, arguments={"x-max-length": 5})
     assert "PRECONDITION_FAILED" in refused(scripts.amqp_url)
 
@@ -520,6 +582,76 @@ def test_a_task_that_is_too_large_is_one_line(
     assert "PRECONDITION_FAILED - message size" in line
     assert line.endswith("). 1 tasks are confirmed. The first line that is not confirmed is line 2")
     assert ready(channel) == 1
+
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+FIRST_UNREAD = "2 tasks are confirmed. The first line that is not confirmed is line 3"
+
+
+def two_lines_and_an_error() -> IO[bytes]:
+    """Return a file for which this is what comes when it is read."""
+    descriptor, terminal = os.openpty()
+    tty.setraw(terminal)
+    os.write(terminal, b"one\ntwo\n")
+    os.close(terminal)
+    return open(descriptor, "rb", buffering=0)
+
+
+@needs_linux
+def test_input_that_cannot_be_read_on_is_one_line(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """All lines before are sent and confirmed first. The line says where to go on."""
+    with two_lines_and_an_error() as lines:
+        ended = subprocess.run(
+            [sys.executable, ROOT / NEW_TASKS],
+            env=environment(scripts.amqp_url),
+            stdin=lines,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    error = "OSError(5, 'Input/output error')"
+    assert ended.stderr == f" [!] A line cannot be read: {error}. {FIRST_UNREAD}\n"
+    assert take_all(channel) == [b"one", b"two"]
+
+
+@needs_linux
+def test_a_line_that_is_larger_than_the_memory_is_one_line(
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """The lines before are sent and confirmed."""
+    os.mkfifo(path := tmp_path / "pipe")
+    script = scripts.start(NEW_TASKS, str(path))
+    process_id = script.process.pid
+    with contextlib.suppress(BrokenPipeError), open(path, "wb", buffering=0) as lines:
+        lines.write(b"one\ntwo\n")
+        eventually(lambda: ready(channel) == 2, "both tasks arrive")
+        pages = int(Path(f"/proc/{process_id}/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 2**26
+        resource.prlimit(process_id, resource.RLIMIT_AS, (limit, limit))
+        while True:
+            lines.write(bytes(2**20))
+    assert one_line(script) == f" [!] A line cannot be read: MemoryError(). {FIRST_UNREAD}"
+
+
+@needs_linux
+def test_output_that_nobody_can_read_keeps_it_from_nothing(scripts: Scripts) -> None:
+    """If both outputs are closed pipes, the script can report nothing. It ends all the same."""
+    read, broken = os.pipe()
+    os.close(read)
+    with two_lines_and_an_error() as lines, open(broken, "wb") as output:
+        for stdin in (lines, subprocess.DEVNULL):
+            ended = subprocess.run(
+                [sys.executable, ROOT / NEW_TASKS],
+                env=environment(scripts.amqp_url),
+                stdin=stdin,
+                stdout=output,
+                stderr=output,
+                timeout=20,
+            )
+            assert ended.returncode == 1
 
 
 def test_what_it_does_not_know_is_refused(scripts: Scripts, tmp_path: Path) -> None:
