@@ -72,18 +72,18 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--send-back", action="store_true", help="try them again, as if they were new")
 
 
-# --- From here on, all producers are the same. The end of lesson 1 (hello_world) explains it. ---
+# --- From here on, all producers have the same code: see the end of lesson 1 (hello_world). ---
 
 AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect():
-    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
+    """Connect to a broker from AMQP_URL: to the first one in the list that answers."""
     try:
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: given all, pika stops at a name without an address
+    for broker in brokers:  # one by one: with a list, pika stops at a name that it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
@@ -99,6 +99,6 @@ if __name__ == "__main__":
     try:
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
-    except (AMQPError, OSError) as error:  # an OSError: the output is closed or full
+    except (AMQPError, OSError) as error:  # OSError if the output is closed or full, for example
         print(f" [!] {error}", file=sys.stderr)
-        os._exit(1)  # sys.exit would try again to write what could not be written
+        os._exit(1)  # not sys.exit: it would write the rest of the output, and fail again

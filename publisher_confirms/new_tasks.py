@@ -283,7 +283,7 @@ parser.add_argument(
 )
 
 
-# --- From here on, it is almost as in all producers. Lesson 1 (hello_world) explains it. ---
+# --- From here on, the code is almost that of all producers: see the end of lesson 1. ---
 
 AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
@@ -302,8 +302,8 @@ if __name__ == "__main__":
     try:
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
-    except (AMQPError, OSError) as error:  # an OSError: the output is closed or full
+    except (AMQPError, OSError) as error:  # OSError if the output is closed or full, for example
         try:
             print(f" [!] {error}", file=sys.stderr)
         finally:
-            os._exit(1)  # sys.exit would try again to write what could not be written
+            os._exit(1)  # not sys.exit: it would write the rest of the output, and fail again

@@ -101,24 +101,30 @@ def prefetch_count(text):
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--prefetch", type=prefetch_count, default=1, metavar="N", help="0 is no limit")
+parser.add_argument(
+    "--prefetch",
+    type=prefetch_count,
+    default=1,
+    metavar="N",
+    help="how many tasks RabbitMQ sends before it waits for acknowledgements; 0: no limit",
+)
 parser.add_argument("--auto-ack", action="store_true", help="RabbitMQ forgets a task it has sent")
 parser.add_argument("--forget-ack", action="store_true", help="never acknowledge a task")
 parser.add_argument("--in-callback", action="store_true", help="work in pika's own thread")
 
 
-# --- From here on, all consumers are the same. The end of lesson 1 (hello_world) explains it. ---
+# --- From here on, all consumers have the same code: see the end of lesson 1 (hello_world). ---
 
 AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect():
-    """Connect to the broker at AMQP_URL. If it lists several, take the first that answers."""
+    """Connect to a broker from AMQP_URL: to the first one in the list that answers."""
     try:
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: given all, pika stops at a name without an address
+    for broker in brokers:  # one by one: with a list, pika stops at a name that it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
@@ -143,9 +149,9 @@ if __name__ == "__main__":
                 fatal = OSError  # It works. From now on, errors of RabbitMQ may be temporary.
                 channel.start_consuming()
                 raise AMQPError("RabbitMQ cancelled the consumer")
-        except fatal as error:  # an OSError: the output is closed or full
+        except fatal as error:  # OSError if the output is closed or full, for example
             print(f" [!] {error}", file=sys.stderr)
-            os._exit(1)  # sys.exit would try again to write what could not be written
+            os._exit(1)  # not sys.exit: it would write the rest of the output, and fail again
         except AMQPError as error:
             if str(error) != reported:
                 print(f" [!] {error}; trying again every second", file=sys.stderr)
