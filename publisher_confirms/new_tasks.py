@@ -97,6 +97,7 @@ class Publisher:
             custom_ioloop=self.ioloop,
         )
         self.ioloop.start()  # until on_close stops it
+        # 403 is "access refused", 406 is "precondition failed"
         if isinstance(self.error, ChannelClosedByBroker) and self.error.reply_code in (403, 406):
             # RabbitMQ will never accept this: a task that is too large, for example.
             raise AMQPError(f"{self.error}. {self.how_far()}")
@@ -169,7 +170,7 @@ class Publisher:
         self.report(
             "The queue rejects tasks, perhaps because it is full; trying again every second"
         )
-        if not self.again:
+        if not self.again:  # otherwise it will be called already
             self.ioloop.call_later(1, self.send_again)
         self.again += tasks
 
@@ -230,7 +231,7 @@ class Publisher:
         if self.shows_progress:
             confirmed = self.taken - self.in_window()
             rate = confirmed / (time.monotonic() - self.begin)
-            line = f" [.] {confirmed} confirmed, {rate:.0f} per second"
+            line = f" [.] {confirmed} confirmed, {rate:.0f} per second "
             print(line, end="\r", file=sys.stderr, flush=True)  # the next line takes its place
             self.ioloop.call_later(0.1, self.show_progress)
 

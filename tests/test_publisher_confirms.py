@@ -468,12 +468,12 @@ def test_progress_is_shown_on_a_terminal_alone(scripts: Scripts, tmp_path: Path)
     """One line, which is written anew: how many are confirmed, and how many a second."""
     path = numbered_lines(tmp_path, 20_000)
     shown = on_a_terminal(scripts, path)
-    progress = re.findall(r" \[\.\] (\d+) confirmed, \d+ per second\r", shown)
+    progress = re.findall(r" \[\.\] (\d+) confirmed, \d+ per second \r", shown)
     assert len(progress) >= 3
     assert progress == sorted(progress, key=int)
     assert progress[-1] == "20000"
     assert shown.count("\n") == 2
-    assert shown.endswith(f"per second\r\r\n{sent(20_000)}\r\n")
+    assert shown.endswith(f"per second \r\r\n{sent(20_000)}\r\n")
     script = scripts.run(NEW_TASKS, path)
     assert (script.out.seen, script.err.seen) == ([sent(20_000)], [])
 
@@ -542,7 +542,7 @@ def test_it_is_twenty_times_as_fast_as_one_confirm_at_a_time(
 
     def rate(tasks: int, *options: str) -> float:
         path = numbered_lines(tmp_path, tasks)
-        return float(re.findall(r"(\d+) per second\r", on_a_terminal(scripts, path, *options))[-1])
+        return float(re.findall(r"(\d+) per second \r", on_a_terminal(scripts, path, *options))[-1])
 
     rounds = [(rate(1000, "--window=1"), rate(40_000)) for _ in range(5)]
     slow, fast = max(rounds, key=lambda rates: rates[1] / rates[0])

@@ -55,7 +55,7 @@ class Terminal:
         while (end := self._bash.expect_exact(ends, timeout=0)) < 2:
             self.at_prompt |= end == 0
             # A line that was written anew, from its beginning, shows what was written last.
-            line = str(self._bash.before).rstrip("\r").rpartition("\r")[2]
+            line = str(self._bash.before).rstrip("\r").rpartition("\r")[2].rstrip()
             # A prompt ends a line, too. After Ctrl+C bash ends the line that would show ^C.
             if line or (end == 1 and not self._interrupted):
                 self._interrupted = False
