@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,9 +85,13 @@ def test_a_killed_leader_takes_nothing_with_it(
     assert scripts.run("rpc/rpc_client.py", "10").out.seen[-1] == " [.] Got 55"
 
 
-def test_without_a_majority_no_task_is_reported_as_sent(cluster: Cluster, scripts: Scripts) -> None:
-    """The producer says so in one line in bounded time. With the majority back, the consumers go on
-    by themselves, and tasks are sent again."""
+def test_without_a_majority_no_task_is_reported_as_sent(
+    cluster: Cluster, scripts: Scripts, tmp_path: Path
+) -> None:
+    """The producers say so in one line in bounded time. With the majority back, the consumers go on
+    by themselves, and tasks are sent again. So does new_tasks.py, which has waited."""
+    (tmp_path / "tasks").write_text("patient")
+    consumer(scripts, "dead_letters/worker.py").stop()  # it has declared its queues
     worker = consumer(scripts, "work_queues/worker.py")
     logger = consumer(scripts, "publish_subscribe/receive_logs.py")
     send(scripts, "before")
@@ -94,12 +99,19 @@ def test_without_a_majority_no_task_is_reported_as_sent(cluster: Cluster, script
     cluster.sync()
     cluster.kill("rabbit1", "rabbit2")  # all were connected to the first one
     begin = time.monotonic()
-    refused = scripts.run("work_queues/new_task.py", "meanwhile", status=1)
-    assert time.monotonic() - begin < 15
-    assert refused.out.all() == []
-    assert refused.err.all() == [" [!] No confirm within 10 s: nobody knows if the task is stored"]
+    patient = scripts.start("publisher_confirms/new_tasks.py", str(tmp_path / "tasks"))
+    for name in ("work_queues/new_task.py", "dead_letters/new_task.py"):
+        refused = scripts.start(name, "meanwhile")
+        assert refused.wait() == 1
+        assert refused.out.seen == []
+        told = " [!] No confirm within 10 s: nobody knows if the task is stored"
+        assert refused.err.seen == [told]
+    assert time.monotonic() - begin < 30
+    patient.expect_error(" [!] No confirm for 10 seconds; still waiting")
 
     cluster.start("rabbit1", "rabbit2")
+    assert patient.wait(60) == 0, str(patient)
+    assert patient.out.seen == [" [x] Sent 1 tasks"]
     send(scripts, "after")
     worker.expect(re.compile(r" \[x\] Received 'after'.*"))
     expect_waiting(logger, count=2)

@@ -6,7 +6,7 @@ import re
 import subprocess
 import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,9 +14,9 @@ import pika
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker
-from pika.spec import Basic
+from pika.spec import Basic, Queue
 
-from tests.proxy import ACK, PUBLISH, Proxy
+from tests.proxy import ACK, PUBLISH, Proxy, Watch
 from tests.scripts import SECRET, Script, Scripts, replaced
 from tools import ROOT
 from tools.broker import Broker, eventually, virtual_host_of
@@ -400,6 +400,26 @@ def test_a_task_without_a_confirm_is_no_task_sent(scripts: Scripts) -> None:
         producer = scripts.run("work_queues/new_task.py", amqp_url=proxy.url, status=1)
     assert producer.out.all() == []
     assert len(producer.err.all()) == 1
+
+
+def test_new_task_gives_up_after_ten_seconds(scripts: Scripts) -> None:
+    """When RabbitMQ does not confirm the task, or does not even declare its queue."""
+
+    def all_but(held: int) -> Watch:
+        return lambda index, _to_broker: index != held
+
+    with ExitStack() as stack:
+        held = [ACK, Queue.DeclareOk.INDEX]
+        proxies = [
+            stack.enter_context(closing(Proxy(scripts.amqp_url, all_but(index)))) for index in held
+        ]
+        begin = time.monotonic()
+        for producer in [scripts.start("work_queues/new_task.py", amqp_url=p.url) for p in proxies]:
+            assert producer.wait() == 1
+            assert producer.out.seen == []
+            told = " [!] No confirm within 10 s: nobody knows if the task is stored"
+            assert producer.err.seen == [told]
+            assert producer.err.times[0] - begin >= 10
 
 
 def test_a_task_that_reaches_no_queue_is_an_error(

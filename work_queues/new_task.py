@@ -16,12 +16,12 @@ def main():
     mode = pika.DeliveryMode.Transient if options.transient else pika.DeliveryMode.Persistent
     with connect() as connection:
         channel = connection.channel()
+        timer = threading.Timer(10, give_up)  # pika itself would wait for as long as it takes
+        timer.start()
         channel.queue_declare(queue="task_queue", durable=True)
 
         # From here on, basic_publish waits until RabbitMQ confirms that it has stored the task.
         channel.confirm_delivery()
-        timer = threading.Timer(10, give_up)  # pika itself would wait for as long as it takes
-        timer.start()
         channel.basic_publish(
             exchange="",
             routing_key="task_queue",
