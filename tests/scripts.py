@@ -108,8 +108,9 @@ class Script:
         stdout: int | IO[bytes] = subprocess.PIPE,
     ) -> None:
         """Start a command. Its standard output comes in `out`, unless it is to go elsewhere."""
-        self.name = " ".join(os.fsdecode(word) for word in command)[:200]
-        self.path = Path(os.fsdecode(command[1]))  # of the script
+        words = [os.fsdecode(word) for word in command]
+        self.name = " ".join(words)[:200]
+        self.path = Path(next((word for word in words if word.endswith(".py")), ""))
         self.process = subprocess.Popen(
             command,
             env=env,
