@@ -12,7 +12,7 @@ VENV_PYTHON = .venv/bin/python
 
 help:
 	@echo 'make demo      play a part of each lesson'
-	@echo 'make test      run the tests, three at a time'
+	@echo 'make test      run the tests, four at a time'
 	@echo 'make test-cluster   run the tests of lesson 9, with three nodes in containers'
 	@echo 'make test-speed     run the tests that measure'
 	@echo 'make promises  list what the tests prove'
@@ -28,7 +28,7 @@ demo: .venv/has-tools
 
 test: .venv/has-test
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
-	$(VENV_PYTHON) -m pytest -n 3 --dist=worksteal --broker='$(BROKER)' $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -n 4 --dist=worksteal --broker='$(BROKER)' $(PYTEST_ARGS)
 
 test-cluster: .venv/has-test
 	$(VENV_PYTHON) -m pytest -m 'cluster and not speed' -n 3 --dist=loadfile --broker=container $(PYTEST_ARGS)
