@@ -15,22 +15,23 @@ def main():
     with connect() as connection:
         channel = connection.channel()
         channel.confirm_delivery()
+        # passive: do not make the queue, only ask how many tasks are in it.
         parked = channel.queue_declare(queue="tasks.parked", passive=True)
         for _ in range(parked.method.message_count):
-            method, properties, body = channel.basic_get(queue="tasks.parked")
+            method, properties, body = channel.basic_get(queue="tasks.parked")  # one task
             if method is None:
                 break  # somebody else has the rest
             show(properties.headers or {}, body)
             if options.send_back:
                 send_back(channel, method, properties, body)
-    # The tasks that we have not acknowledged are in their queue again.
+    # The connection is closed, so the tasks that we have not acknowledged are in their queue again.
 
 
 def show(headers, body):
     print(f" [x] '{body.decode(errors='backslashreplace')}'")
     for failure in as_list(headers.get("failures")):  # the workers have written this
         print(f"     {failure}")
-    # RabbitMQ has written this. Entries for 'tasks.retry' are left out: they are only the waits.
+    # RabbitMQ has written this. Its entries for 'tasks.retry' are only the pauses between tries.
     for death in as_list(headers.get("x-death")):
         if isinstance(death, dict) and death.get("queue") == "tasks":
             print(f"     {death.get('time')} RabbitMQ: {death.get('reason')}")
@@ -44,8 +45,8 @@ def as_list(header):
 def send_back(channel, method, properties, body):
     headers = (properties.headers or {}).items()
     properties.headers = {name: value for name, value in headers if name not in NOTES}
-    properties.user_id = None  # RabbitMQ refuses the name of a user who is not the sender
-    timer = threading.Timer(10, give_up)  # pika itself would wait for as long as it takes
+    properties.user_id = None  # RabbitMQ accepts no other user's name from us
+    timer = threading.Timer(10, give_up)  # pika would wait for RabbitMQ without a limit
     timer.start()
     channel.basic_publish(
         exchange="", routing_key="tasks", body=body, properties=properties, mandatory=True
@@ -61,8 +62,8 @@ def give_up():
     os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
 
 
-# The headers that worker.py and RabbitMQ have added. With them, RabbitMQ 3.10 would think that
-# the task is in an endless loop, and drop it.
+# The headers that worker.py and RabbitMQ have added. Without them, the worker counts the tries from
+# the beginning, and RabbitMQ 3.10 does not think that the task is in an endless loop.
 NOTES = {"failures", "x-death", "x-delivery-count", "x-acquired-count"}
 NOTES |= {"x-first-death-queue", "x-first-death-reason", "x-first-death-exchange"}
 NOTES |= {"x-last-death-queue", "x-last-death-reason", "x-last-death-exchange"}
@@ -78,12 +79,12 @@ AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect():
-    """Connect to a broker from AMQP_URL: to the first one in the list that answers."""
+    """Connect to RabbitMQ. AMQP_URL may list several, with commas: take the first that answers."""
     try:
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: with a list, pika stops at a name that it cannot resolve
+    for broker in brokers:  # not pika's own list: it ends at a name that it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
@@ -95,10 +96,10 @@ def connect():
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+        signal.signal(number, lambda signum, frame: os._exit(128 + signum))
     try:
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
     except (AMQPError, OSError) as error:  # OSError if the output is closed or full, for example
         print(f" [!] {error}", file=sys.stderr)
-        os._exit(1)  # not sys.exit: it would write the rest of the output, and fail again
+        os._exit(1)  # sys.exit would write the rest of the output, which may have failed

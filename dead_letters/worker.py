@@ -1,4 +1,4 @@
-"""Do the tasks in the queue 'tasks'. Try a failed task again later, and park it in the end."""
+"""Do the tasks in the queue 'tasks'. Try a failed one again later. Park it after its last try."""
 
 import argparse
 import os
@@ -26,14 +26,14 @@ def main(channel):
     channel.basic_consume(queue="tasks", on_message_callback=on_task)
     channel.confirm_delivery()  # put_aside waits until RabbitMQ has stored the task
     print(" [*] Waiting for tasks. To exit press CTRL+C")
-    if not worker.is_alive():  # after a reconnect, it is still alive
+    if not worker.is_alive():  # start it once: it goes on working while we reconnect
         worker.start()
 
 
 def declare_queues(channel):
-    # Tasks wait here for a worker. One that has come back three times, because its worker died,
-    # is a dead letter: RabbitMQ moves it to 'tasks.parked'.
-    limit = {"x-delivery-limit": 2}  # it is delivered again this many times
+    # Tasks wait here for a worker. RabbitMQ delivers a task once, and then again twice. If each
+    # time its worker has died, it is a dead letter, and RabbitMQ moves it to 'tasks.parked'.
+    limit = {"x-delivery-limit": 2}
     arguments = dead_letters_to("tasks.parked") | limit
     channel.queue_declare(queue="tasks", durable=True, arguments=arguments)
     # Failed tasks wait here for three seconds. Then they are dead letters, too: RabbitMQ moves them
@@ -41,7 +41,8 @@ def declare_queues(channel):
     delay = {"x-message-ttl": 3000}  # milliseconds
     arguments = dead_letters_to("tasks") | delay
     channel.queue_declare(queue="tasks.retry", durable=True, arguments=arguments)
-    # Here, tasks wait for a human. To look at a task is a delivery, so the limit must be high.
+    # Here, tasks wait for a human. When parked.py shows them, they come back, and RabbitMQ counts
+    # this. So the limit is so high that no task reaches it.
     no_limit = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000}
     channel.queue_declare(queue="tasks.parked", durable=True, arguments=no_limit)
 
@@ -104,8 +105,8 @@ def put_aside(channel, method, properties, body, reason):
     now = time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime())
     failures = [*as_list(headers.get("failures")), f"{now} {reason}"]  # one for each failed try
     properties.headers = headers | {"failures": failures}
-    properties.expiration = None  # a task that waits for a human must not expire
-    properties.user_id = None  # RabbitMQ refuses the name of a user who is not the sender
+    properties.expiration = None  # a task that waits in one of these queues must not get lost
+    properties.user_id = None  # RabbitMQ accepts no other user's name from us
     where = "tasks.retry" if len(failures) < options.tries else "tasks.parked"
     channel.basic_publish(
         exchange="", routing_key=where, body=body, properties=properties, mandatory=True
@@ -149,12 +150,12 @@ AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect():
-    """Connect to a broker from AMQP_URL: to the first one in the list that answers."""
+    """Connect to RabbitMQ. AMQP_URL may list several, with commas: take the first that answers."""
     try:
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: with a list, pika stops at a name that it cannot resolve
+    for broker in brokers:  # not pika's own list: it ends at a name that it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
@@ -167,7 +168,8 @@ def connect():
 if __name__ == "__main__":
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
-        signal.signal(number, lambda number, frame: os._exit(0))
+        signal.signal(number, lambda signum, frame: os._exit(0))
+    # As long as RabbitMQ has never accepted us, these errors end the script.
     fatal = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
     reported = ""
     while True:
@@ -178,10 +180,11 @@ if __name__ == "__main__":
                 main(channel)
                 fatal = OSError  # It works. From now on, errors of RabbitMQ may be temporary.
                 channel.start_consuming()
+                # It returns when it has no consumer any more: the queue was deleted, for example.
                 raise AMQPError("RabbitMQ cancelled the consumer")
         except fatal as error:  # OSError if the output is closed or full, for example
             print(f" [!] {error}", file=sys.stderr)
-            os._exit(1)  # not sys.exit: it would write the rest of the output, and fail again
+            os._exit(1)  # sys.exit would write the rest of the output, which may have failed
         except AMQPError as error:
             if str(error) != reported:
                 print(f" [!] {error}; trying again every second", file=sys.stderr)

@@ -20,14 +20,15 @@ def main(channel):
     # The same declaration as in send.py: either of the two scripts may run first.
     channel.queue_declare(queue="hello", durable=True)
 
-    # Subscribe to this queue. pika will call on_message for each of its messages.
+    # Subscribe to this queue. As soon as pika waits for messages, at the end of this file,
+    # it calls on_message for each of them.
     # With auto_ack, RabbitMQ forgets a message as soon as it has sent it.
     channel.basic_consume(queue="hello", on_message_callback=on_message, auto_ack=True)
     print(" [*] Waiting for messages. To exit press CTRL+C")
 
 
 def on_message(channel, method, properties, body):
-    # The body is bytes. If they are not UTF-8 text, show them as \xe9 and the like.
+    # The body is bytes. Those that are not UTF-8 text are shown as \xe9 and the like.
     text = body.decode(errors="backslashreplace")
     print(f" [x] Received '{text}'")
 
@@ -41,12 +42,12 @@ AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect():
-    """Connect to a broker from AMQP_URL: to the first one in the list that answers."""
+    """Connect to RabbitMQ. AMQP_URL may list several, with commas: take the first that answers."""
     try:
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: with a list, pika stops at a name that it cannot resolve
+    for broker in brokers:  # not pika's own list: it ends at a name that it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
@@ -59,7 +60,8 @@ def connect():
 if __name__ == "__main__":
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
-        signal.signal(number, lambda number, frame: os._exit(0))
+        signal.signal(number, lambda signum, frame: os._exit(0))
+    # As long as RabbitMQ has never accepted us, these errors end the script.
     fatal = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
     reported = ""
     while True:
@@ -70,10 +72,11 @@ if __name__ == "__main__":
                 main(channel)
                 fatal = OSError  # It works. From now on, errors of RabbitMQ may be temporary.
                 channel.start_consuming()
+                # It returns when it has no consumer any more: the queue was deleted, for example.
                 raise AMQPError("RabbitMQ cancelled the consumer")
         except fatal as error:  # OSError if the output is closed or full, for example
             print(f" [!] {error}", file=sys.stderr)
-            os._exit(1)  # not sys.exit: it would write the rest of the output, and fail again
+            os._exit(1)  # sys.exit would write the rest of the output, which may have failed
         except AMQPError as error:
             if str(error) != reported:
                 print(f" [!] {error}; trying again every second", file=sys.stderr)

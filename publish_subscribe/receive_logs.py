@@ -45,12 +45,12 @@ AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect():
-    """Connect to a broker from AMQP_URL: to the first one in the list that answers."""
+    """Connect to RabbitMQ. AMQP_URL may list several, with commas: take the first that answers."""
     try:
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: with a list, pika stops at a name that it cannot resolve
+    for broker in brokers:  # not pika's own list: it ends at a name that it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
@@ -63,7 +63,8 @@ def connect():
 if __name__ == "__main__":
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
-        signal.signal(number, lambda number, frame: os._exit(0))
+        signal.signal(number, lambda signum, frame: os._exit(0))
+    # As long as RabbitMQ has never accepted us, these errors end the script.
     fatal = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
     reported = ""
     while True:
@@ -74,10 +75,11 @@ if __name__ == "__main__":
                 main(channel)
                 fatal = OSError  # It works. From now on, errors of RabbitMQ may be temporary.
                 channel.start_consuming()
+                # It returns when it has no consumer any more: the queue was deleted, for example.
                 raise AMQPError("RabbitMQ cancelled the consumer")
         except fatal as error:  # OSError if the output is closed or full, for example
             print(f" [!] {error}", file=sys.stderr)
-            os._exit(1)  # not sys.exit: it would write the rest of the output, and fail again
+            os._exit(1)  # sys.exit would write the rest of the output, which may have failed
         except AMQPError as error:
             if str(error) != reported:
                 print(f" [!] {error}; trying again every second", file=sys.stderr)

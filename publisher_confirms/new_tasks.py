@@ -77,14 +77,14 @@ class Publisher:
                 self.put((number, line.removesuffix(b"\n")))
         except Exception as error:
             self.read_error = error  # finish() raises it, when all lines before it are confirmed
-        self.put(None)
+        self.put(None)  # there are no more lines
 
     def put(self, task):
         self.lines.put(task)  # waits while `lines` is full
-        if self.lines.qsize() == 1:  # it was empty: pika may be waiting for this task
+        if self.lines.qsize() == 1:  # it was empty, so send() may have given up
             self.ioloop.add_callback_threadsafe(self.send)
 
-    # --- Sending, and RabbitMQ's answers: all this runs in the main thread, as pika does ---
+    # --- Sending, and RabbitMQ's answers: all this runs in the main thread, where pika runs ---
 
     def use(self, broker):
         """Connect to this broker, and send tasks until all are confirmed or the connection ends."""
@@ -137,7 +137,7 @@ class Publisher:
 
     def send_again(self):
         while self.again and self.is_open():
-            self.publish(self.again[0])
+            self.publish(self.again[0])  # it stays in `again` until it is sent: how_far() counts it
             self.again.popleft()
 
     def publish(self, task):
@@ -170,7 +170,7 @@ class Publisher:
         self.report(
             "The queue rejects tasks, perhaps because it is full; trying again every second"
         )
-        if not self.again:  # otherwise it will be called already
+        if not self.again:  # otherwise, send_again is going to be called already
             self.ioloop.call_later(1, self.send_again)
         self.again += tasks
 
@@ -299,7 +299,7 @@ def brokers():
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+        signal.signal(number, lambda signum, frame: os._exit(128 + signum))
     try:
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
@@ -307,4 +307,4 @@ if __name__ == "__main__":
         try:
             print(f" [!] {error}", file=sys.stderr)
         finally:
-            os._exit(1)  # not sys.exit: it would write the rest of the output, and fail again
+            os._exit(1)  # sys.exit would write the rest of the output, which may have failed

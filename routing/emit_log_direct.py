@@ -22,7 +22,7 @@ def main():
             exchange="direct_logs", routing_key=options.severity, body=os.fsencode(message)
         )
 
-        # Wait until RabbitMQ has read all of this. If it refuses something, this raises an error.
+        # Wait until RabbitMQ has read it all. If it refuses something, close() raises an error.
         channel.close()
     print(f" [x] Sent {options.severity}:{message}")
 
@@ -45,12 +45,12 @@ AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect():
-    """Connect to a broker from AMQP_URL: to the first one in the list that answers."""
+    """Connect to RabbitMQ. AMQP_URL may list several, with commas: take the first that answers."""
     try:
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: with a list, pika stops at a name that it cannot resolve
+    for broker in brokers:  # not pika's own list: it ends at a name that it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
@@ -62,10 +62,10 @@ def connect():
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+        signal.signal(number, lambda signum, frame: os._exit(128 + signum))
     try:
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
     except (AMQPError, OSError) as error:  # OSError if the output is closed or full, for example
         print(f" [!] {error}", file=sys.stderr)
-        os._exit(1)  # not sys.exit: it would write the rest of the output, and fail again
+        os._exit(1)  # sys.exit would write the rest of the output, which may have failed

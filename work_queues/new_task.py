@@ -16,7 +16,7 @@ def main():
     mode = pika.DeliveryMode.Transient if options.transient else pika.DeliveryMode.Persistent
     with connect() as connection:
         channel = connection.channel()
-        timer = threading.Timer(10, give_up)  # pika itself would wait for as long as it takes
+        timer = threading.Timer(10, give_up)  # pika would wait for RabbitMQ without a limit
         timer.start()
         channel.queue_declare(queue="task_queue", durable=True)
 
@@ -27,7 +27,7 @@ def main():
             routing_key="task_queue",
             body=os.fsencode(task),
             properties=pika.BasicProperties(delivery_mode=mode),
-            mandatory=True,  # it is an error if the task reaches no queue
+            mandatory=True,  # it is an error if there is no queue any more
         )
         timer.cancel()
     print(f" [x] Sent '{task}'")
@@ -49,12 +49,12 @@ AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect():
-    """Connect to a broker from AMQP_URL: to the first one in the list that answers."""
+    """Connect to RabbitMQ. AMQP_URL may list several, with commas: take the first that answers."""
     try:
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: with a list, pika stops at a name that it cannot resolve
+    for broker in brokers:  # not pika's own list: it ends at a name that it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
@@ -66,10 +66,10 @@ def connect():
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+        signal.signal(number, lambda signum, frame: os._exit(128 + signum))
     try:
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
     except (AMQPError, OSError) as error:  # OSError if the output is closed or full, for example
         print(f" [!] {error}", file=sys.stderr)
-        os._exit(1)  # not sys.exit: it would write the rest of the output, and fail again
+        os._exit(1)  # sys.exit would write the rest of the output, which may have failed

@@ -28,9 +28,9 @@ def main(channel):
     channel.basic_consume(
         queue="task_queue", on_message_callback=on_task, auto_ack=options.auto_ack
     )
-    channel.confirm_delivery()  # put_back waits until RabbitMQ has stored the task
+    channel.confirm_delivery()  # from now on, basic_publish waits until the task is stored
     print(" [*] Waiting for tasks. To exit press CTRL+C")
-    if not worker.is_alive():  # after a reconnect, it is still alive
+    if not worker.is_alive():  # start it once: it goes on working while we reconnect
         worker.start()
 
 
@@ -81,7 +81,7 @@ def work(text):
 
 def put_back(channel, method, properties, body):
     """Send a failed task to the end of the queue, behind the tasks that wait there."""
-    properties.user_id = None  # RabbitMQ refuses the name of a user who is not the sender
+    properties.user_id = None  # RabbitMQ accepts no other user's name from us
     channel.basic_publish(
         exchange="", routing_key="task_queue", body=body, properties=properties, mandatory=True
     )
@@ -119,12 +119,12 @@ AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 
 
 def connect():
-    """Connect to a broker from AMQP_URL: to the first one in the list that answers."""
+    """Connect to RabbitMQ. AMQP_URL may list several, with commas: take the first that answers."""
     try:
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # one by one: with a list, pika stops at a name that it cannot resolve
+    for broker in brokers:  # not pika's own list: it ends at a name that it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
@@ -137,7 +137,8 @@ def connect():
 if __name__ == "__main__":
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
-        signal.signal(number, lambda number, frame: os._exit(0))
+        signal.signal(number, lambda signum, frame: os._exit(0))
+    # As long as RabbitMQ has never accepted us, these errors end the script.
     fatal = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
     reported = ""
     while True:
@@ -148,10 +149,11 @@ if __name__ == "__main__":
                 main(channel)
                 fatal = OSError  # It works. From now on, errors of RabbitMQ may be temporary.
                 channel.start_consuming()
+                # It returns when it has no consumer any more: the queue was deleted, for example.
                 raise AMQPError("RabbitMQ cancelled the consumer")
         except fatal as error:  # OSError if the output is closed or full, for example
             print(f" [!] {error}", file=sys.stderr)
-            os._exit(1)  # not sys.exit: it would write the rest of the output, and fail again
+            os._exit(1)  # sys.exit would write the rest of the output, which may have failed
         except AMQPError as error:
             if str(error) != reported:
                 print(f" [!] {error}; trying again every second", file=sys.stderr)
