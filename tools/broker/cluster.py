@@ -71,7 +71,10 @@ class Cluster(Broker):
 
     def start(self, *nodes: str) -> None:
         """Start these nodes, or all, and wait until they are in the cluster."""
-        self.compose("up", "-d", "--wait", *nodes)
+        try:
+            self.compose("up", "-d", "--wait", *nodes)
+        except NoBroker:  # before RabbitMQ 4.2, a node may fail if another one starts meanwhile
+            self.compose("up", "-d", "--wait", *nodes)
 
     def stop(self, *nodes: str) -> None:
         """Stop these nodes, or all, with SIGTERM."""
