@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from tools import ROOT, TIMEOUT, environment
+from tools.broker import Broker, virtual_host_of
 
 PRODUCERS = [
     "hello_world/send.py",
@@ -50,6 +51,8 @@ NEEDED = {  # the arguments that a script cannot do without
 }
 SCRIPTS = [*PRODUCERS, *CONSUMERS, *OTHERS]
 SECRET = "s3cr3t-pässword"
+DONE = " [x] Done"  # a worker of lesson 2 or 8
+RECEIVED = re.compile(r" \[x\] Received '(.*?)'( \(redelivered\))?")
 PATIENCE = 30  # seconds without a single line, after which something has been lost or hangs
 NO_BROKER = " [!] No RabbitMQ answers (docker compose up -d starts one): "
 
@@ -295,6 +298,21 @@ def replaced(url: str, user: str = "guest:guest", port: int | None = None, path:
     parts = urlsplit(url)
     place = f"{parts.hostname}:{port or parts.port}"
     return parts._replace(netloc=f"{user}@{place}", path=path or parts.path).geturl()
+
+
+@contextmanager
+def another_user(broker: Broker, amqp_url: str, name: str, **permissions: str) -> Iterator[str]:
+    """Make a user, yield its URL for the virtual host of `amqp_url`, and delete it.
+
+    It may `configure`, `write` and `read` what these patterns fit, and nothing without one.
+    """
+    allowed = {"configure": "", "write": "", "read": ""} | permissions
+    broker.api("PUT", f"users/{name}", {"password": SECRET, "tags": ""})
+    try:
+        broker.api("PUT", f"permissions/{virtual_host_of(amqp_url)}/{name}", allowed)
+        yield replaced(amqp_url, user=f"{name}:{quote(SECRET)}")
+    finally:
+        broker.api("DELETE", f"users/{name}")
 
 
 @contextmanager

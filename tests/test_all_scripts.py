@@ -29,6 +29,7 @@ from tests.scripts import (
     SECRET,
     Script,
     Scripts,
+    another_user,
     consumer,
     expect_waiting,
     one_line,
@@ -36,7 +37,7 @@ from tests.scripts import (
     start,
 )
 from tools import ROOT, environment
-from tools.broker import Broker, free_port, virtual_host_of
+from tools.broker import Broker, free_port
 
 # --- Errors: one line, no traceback, no password ---
 
@@ -107,40 +108,27 @@ def test_other_settings_are_one_line(scripts: Scripts, channel: BlockingChannel)
 
 def test_access_refused_is_one_line(broker: Broker, scripts: Scripts) -> None:
     """A user without permissions for a queue or an exchange is told so."""
-    virtual_host = virtual_host_of(scripts.amqp_url)
-    nothing = {"configure": "", "write": "", "read": ""}
-    broker.api("PUT", "users/newcomer", {"password": SECRET, "tags": ""})
-    try:
-        broker.api("PUT", f"permissions/{virtual_host}/newcomer", nothing)
-        url = replaced(scripts.amqp_url, user=f"newcomer:{quote(SECRET)}")
+    with another_user(broker, scripts.amqp_url, "newcomer") as url:
         for started in [
             start(scripts, name, amqp_url=url) for name in SCRIPTS if name != OTHERS[2]
         ]:
             line = one_line(started)
             assert "ACCESS_REFUSED - " in line
             assert "'newcomer'" in line
-    finally:
-        broker.api("DELETE", "users/newcomer")
 
 
 def test_a_refused_message_is_no_message_sent(broker: Broker, scripts: Scripts) -> None:
     """A user who may declare and read, but not write: what the broker refuses was not sent."""
-    virtual_host = virtual_host_of(scripts.amqp_url)
     reader = {"configure": ".*", "write": r"^(?!amq\.default$|.*logs$).*", "read": ".*"}
     scripts.run("hello_world/send.py")
     serving = consumer(scripts, "rpc/rpc_server.py")
-    broker.api("PUT", "users/reader", {"password": SECRET, "tags": ""})
-    try:
-        broker.api("PUT", f"permissions/{virtual_host}/reader", reader)
-        url = replaced(scripts.amqp_url, user=f"reader:{quote(SECRET)}")
+    with another_user(broker, scripts.amqp_url, "reader", **reader) as url:
         *producers, client = [start(scripts, name, amqp_url=url) for name in PRODUCERS]
         for started in producers:
             assert re.search("ACCESS_REFUSED - .*(amq.default|logs)", one_line(started))
             assert started.out.seen == []
         told = " [!] RabbitMQ refused a request, and closed the channel"
         assert one_line(client) == told
-    finally:
-        broker.api("DELETE", "users/reader")
     assert serving.out.seen == [CONSUMERS["rpc/rpc_server.py"]]
 
 

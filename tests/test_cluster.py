@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.scripts import Scripts, consumer, expect_waiting
+from tests.scripts import DONE, Scripts, consumer, expect_waiting
 from tools.broker import Cluster, virtual_host_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
-
-DONE = " [x] Done"
 
 
 def queue(cluster: Cluster, amqp_url: str) -> dict[str, Any]:
@@ -49,7 +47,7 @@ def test_one_command_starts_three_nodes_and_their_data_stay(
         assert len(published) == 2
 
     cluster.compose("down")
-    cluster.start()
+    cluster.compose("up", "-d", "--wait")  # cluster.start() would try a second time
     assert {node["name"] for node in cluster.api("GET", "nodes") if node["running"]} == nodes
     consumer(scripts, "work_queues/worker.py").expect(re.compile(r" \[x\] Received 'Survivor'.*"))
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pika
 import pytest
@@ -22,14 +21,12 @@ from pika.exceptions import AMQPError
 from pika.spec import BasicProperties
 
 from tests.proxy import ACK, PUBLISH, Proxy
-from tests.scripts import SECRET, Crew, Script, Scripts, replaced
+from tests.scripts import DONE, RECEIVED, Crew, Script, Scripts, another_user
 from tools import ROOT
-from tools.broker import Broker, eventually, virtual_host_of
+from tools.broker import Broker, eventually
 
 WORKER = "dead_letters/worker.py"
 WAITING = " [*] Waiting for tasks. To exit press CTRL+C"
-DONE = " [x] Done"
-RECEIVED = re.compile(r" \[x\] Received '(.*?)'( \(redelivered\))?")
 DELAY = 3  # seconds between two tries
 WORK = '    with open(text) as file:\n        print(f" [.] {len(file.read().split())} words")\n'
 ENOENT = "FileNotFoundError(2, 'No such file or directory')"
@@ -210,19 +207,14 @@ def test_a_task_may_name_its_sender(
     """RabbitMQ checks that a message names the user who sends it. Neither the worker nor parked.py
     is that user, and both send it on all the same."""
     doing = worker(scripts, "--tries", "1")
-    permissions = {"configure": "", "write": ".*", "read": ""}
-    broker.api("PUT", "users/sender", {"password": SECRET, "tags": ""})
-    try:
-        virtual_host = virtual_host_of(scripts.amqp_url)
-        broker.api("PUT", f"permissions/{virtual_host}/sender", permissions)
-        url = pika.URLParameters(replaced(scripts.amqp_url, user=f"sender:{quote(SECRET)}"))
-        with closing(pika.BlockingConnection(url)) as connection:
-            sender = connection.channel()
-            sender.confirm_delivery()
-            for where in ("tasks", "tasks.parked"):  # as if RabbitMQ had parked the other one
-                sender.basic_publish("", where, b"missing", BasicProperties(user_id="sender"))
-    finally:
-        broker.api("DELETE", "users/sender")
+    with (
+        another_user(broker, scripts.amqp_url, "sender", write=".*") as url,
+        closing(pika.BlockingConnection(pika.URLParameters(url))) as connection,
+    ):
+        sender = connection.channel()
+        sender.confirm_delivery()
+        for where in ("tasks", "tasks.parked"):  # as if RabbitMQ had parked the other one
+            sender.basic_publish("", where, b"missing", BasicProperties(user_id="sender"))
     doing.expect_error(failed("missing", 1, 1))
     doing.stop()
     assert listing(scripts, "--send-back").count("     sent back") == 2

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import threading
 import time
 from collections import Counter
@@ -27,12 +26,20 @@ from hypothesis import strategies as st
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import BasicProperties
 
-from tests.scripts import CONSUMERS, Crew, Script, Scripts, consumer, expect_waiting, stream_of
+from tests.scripts import (
+    CONSUMERS,
+    DONE,
+    RECEIVED,
+    Crew,
+    Script,
+    Scripts,
+    consumer,
+    expect_waiting,
+    stream_of,
+)
 from tools import TIMEOUT
 from tools.broker import Broker, Cluster, eventually, virtual_host_of
 
-RECEIVED = re.compile(r" \[x\] Received '(.*?)'( \(redelivered\))?")
-DONE = " [x] Done"
 FIBONACCI = [0, 1]
 while len(FIBONACCI) <= 35:
     FIBONACCI.append(FIBONACCI[-2] + FIBONACCI[-1])

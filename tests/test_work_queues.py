@@ -8,7 +8,6 @@ import threading
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from urllib.parse import quote
 
 import pika
 import pytest
@@ -17,12 +16,11 @@ from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker
 from pika.spec import Basic, Queue
 
 from tests.proxy import ACK, PUBLISH, Proxy, Watch
-from tests.scripts import SECRET, Script, Scripts, replaced
+from tests.scripts import DONE, Script, Scripts, another_user
 from tools import ROOT
 from tools.broker import Broker, eventually, virtual_host_of
 
 WAITING = " [*] Waiting for tasks. To exit press CTRL+C"
-DONE = " [x] Done"
 
 
 def received(task: str, redelivered: bool = False) -> str:
@@ -499,18 +497,13 @@ def test_a_failed_task_may_name_its_sender(
     copy = tmp_path / "worker.py"
     copy.write_text(source.replace('time.sleep(text.count("."))', "int(text)"))
     failing = worker(scripts, script=copy)
-    virtual_host = virtual_host_of(scripts.amqp_url)
-    permissions = {"configure": "", "write": ".*", "read": ""}
-    broker.api("PUT", "users/sender", {"password": SECRET, "tags": ""})
-    try:
-        broker.api("PUT", f"permissions/{virtual_host}/sender", permissions)
-        url = pika.URLParameters(replaced(scripts.amqp_url, user=f"sender:{quote(SECRET)}"))
-        with closing(pika.BlockingConnection(url)) as connection:
-            properties = pika.BasicProperties(user_id="sender")
-            connection.channel().basic_publish("", "task_queue", b"two", properties)
-        failing.expect(received("two"), count=2)
-    finally:
-        broker.api("DELETE", "users/sender")
+    with (
+        another_user(broker, scripts.amqp_url, "sender", write=".*") as url,
+        closing(pika.BlockingConnection(pika.URLParameters(url))) as connection,
+    ):
+        properties = pika.BasicProperties(user_id="sender")
+        connection.channel().basic_publish("", "task_queue", b"two", properties)
+    failing.expect(received("two"), count=2)
     failing.stop()
     assert all("'two' failed" in line for line in failing.err.seen)
     eventually(lambda: ready(channel) == 1, "the task is in its queue, once")
