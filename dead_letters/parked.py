@@ -62,8 +62,8 @@ def give_up():
     os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
 
 
-# The headers that worker.py and RabbitMQ have added. Without them, the worker counts the tries from
-# the beginning, and RabbitMQ 3.10 does not think that the task is in an endless loop.
+# send_back removes these headers, which worker.py and RabbitMQ have added. So the worker counts the
+# tries from the beginning, and RabbitMQ 3.10 does not think that the task is in an endless loop.
 NOTES = {"failures", "x-death", "x-delivery-count", "x-acquired-count"}
 NOTES |= {"x-first-death-queue", "x-first-death-reason", "x-first-death-exchange"}
 NOTES |= {"x-last-death-queue", "x-last-death-reason", "x-last-death-exchange"}
@@ -84,7 +84,7 @@ def connect():
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # not pika's own list: it ends at a name that it cannot resolve
+    for broker in brokers:  # pika accepts a list, too, but gives up at a name it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
@@ -102,4 +102,4 @@ if __name__ == "__main__":
         main()
     except (AMQPError, OSError) as error:  # OSError if the output is closed or full, for example
         print(f" [!] {error}", file=sys.stderr)
-        os._exit(1)  # sys.exit would write the rest of the output, which may have failed
+        os._exit(1)  # sys.exit would try to write the rest of the output, and may fail again

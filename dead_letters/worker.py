@@ -24,15 +24,15 @@ def main(channel):
     declare_queues(channel)
     channel.basic_qos(prefetch_count=1)
     channel.basic_consume(queue="tasks", on_message_callback=on_task)
-    channel.confirm_delivery()  # put_aside waits until RabbitMQ has stored the task
+    channel.confirm_delivery()  # from now on, basic_publish waits until the task is stored
     print(" [*] Waiting for tasks. To exit press CTRL+C")
     if not worker.is_alive():  # start it once: it goes on working while we reconnect
         worker.start()
 
 
 def declare_queues(channel):
-    # Tasks wait here for a worker. RabbitMQ delivers a task once, and then again twice. If each
-    # time its worker has died, it is a dead letter, and RabbitMQ moves it to 'tasks.parked'.
+    # Tasks wait here for a worker. If the worker dies, RabbitMQ delivers the task again, at most
+    # twice. If the third worker dies, too, the task is a dead letter, and goes to 'tasks.parked'.
     limit = {"x-delivery-limit": 2}
     arguments = dead_letters_to("tasks.parked") | limit
     channel.queue_declare(queue="tasks", durable=True, arguments=arguments)
@@ -105,7 +105,7 @@ def put_aside(channel, method, properties, body, reason):
     now = time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime())
     failures = [*as_list(headers.get("failures")), f"{now} {reason}"]  # one for each failed try
     properties.headers = headers | {"failures": failures}
-    properties.expiration = None  # a task that waits in one of these queues must not get lost
+    properties.expiration = None  # otherwise it could expire in tasks.parked, and be lost
     properties.user_id = None  # RabbitMQ accepts no other user's name from us
     where = "tasks.retry" if len(failures) < options.tries else "tasks.parked"
     channel.basic_publish(
@@ -155,7 +155,7 @@ def connect():
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # not pika's own list: it ends at a name that it cannot resolve
+    for broker in brokers:  # pika accepts a list, too, but gives up at a name it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
@@ -169,7 +169,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
         signal.signal(number, lambda signum, frame: os._exit(0))
-    # As long as RabbitMQ has never accepted us, these errors end the script.
+    # Until RabbitMQ has accepted us for the first time, these errors end the script.
     fatal = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
     reported = ""
     while True:
@@ -184,7 +184,7 @@ if __name__ == "__main__":
                 raise AMQPError("RabbitMQ cancelled the consumer")
         except fatal as error:  # OSError if the output is closed or full, for example
             print(f" [!] {error}", file=sys.stderr)
-            os._exit(1)  # sys.exit would write the rest of the output, which may have failed
+            os._exit(1)  # sys.exit would try to write the rest of the output, and may fail again
         except AMQPError as error:
             if str(error) != reported:
                 print(f" [!] {error}; trying again every second", file=sys.stderr)

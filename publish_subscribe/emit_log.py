@@ -40,7 +40,7 @@ def connect():
         brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
     except Exception:  # do not print this exception: it may contain the password
         sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
-    for broker in brokers:  # not pika's own list: it ends at a name that it cannot resolve
+    for broker in brokers:  # pika accepts a list, too, but gives up at a name it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
@@ -58,4 +58,4 @@ if __name__ == "__main__":
         main()
     except (AMQPError, OSError) as error:  # OSError if the output is closed or full, for example
         print(f" [!] {error}", file=sys.stderr)
-        os._exit(1)  # sys.exit would write the rest of the output, which may have failed
+        os._exit(1)  # sys.exit would try to write the rest of the output, and may fail again

@@ -307,4 +307,4 @@ if __name__ == "__main__":
         try:
             print(f" [!] {error}", file=sys.stderr)
         finally:
-            os._exit(1)  # sys.exit would write the rest of the output, which may have failed
+            os._exit(1)  # sys.exit would try to write the rest of the output, and may fail again
