@@ -2,8 +2,12 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C ends the script at once, as kill does
 
 import pika
 from pika.exceptions import AMQPConnectionError, AMQPError
@@ -41,31 +45,37 @@ parser.add_argument("message", nargs="*", default=["Hello World!"], metavar="MES
 
 # --- From here on, all producers have the same code: see the end of lesson 1 (hello_world). ---
 
-AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
-
 
 def connect():
-    """Connect to RabbitMQ. AMQP_URL may list several, with commas: take the first that answers."""
+    """Connect to the first RabbitMQ in AMQP_URL that accepts us. Raises AMQPConnectionError."""
+    urls = os.getenv("AMQP_URL", "amqp://guest:guest@localhost:5672/%2F")
     try:
-        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+        urls.encode()  # raises an exception for bytes that are not UTF-8
+        brokers = [pika.URLParameters(re.fullmatch(URL, u.strip())[0]) for u in urls.split(",")]
+    except OSError as error:  # a file with certificates, for example
+        raise AMQPConnectionError(f"AMQP_URL asks for what does not work: {error}") from None
     except Exception:  # do not print this exception: it may contain the password
-        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+        raise AMQPConnectionError(f"AMQP_URL must look like {EXAMPLE}") from None
+    answers = []
     for broker in brokers:  # pika accepts a list, too, but gives up at a name it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
-            reason = repr(error)
-            if "ACCESS_REFUSED" in reason or "NOT_ALLOWED" in reason:
-                raise  # wrong password, wrong virtual host
-    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
+            cause = next((e.exception for e in error.args if hasattr(e, "exception")), error)
+            answers.append(f"{broker.host}:{broker.port}: {cause}")
+    raise AMQPConnectionError(f"No RabbitMQ accepts us: {'; '.join(answers)}")
+
+
+URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika does not insist on a host
+EXAMPLE = "amqp://user:password@host:5672/virtual_host"
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
-        signal.signal(number, lambda signum, frame: os._exit(128 + signum))
     try:
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         main()
     except (AMQPError, OSError) as error:  # OSError if the output is closed or full, for example
-        print(f" [!] {error}", file=sys.stderr)
-        os._exit(1)  # sys.exit would try to write the rest of the output, and may fail again
+        try:
+            print(f" [!] {error}", file=sys.stderr)
+        finally:
+            os._exit(1)  # sys.exit would try to write the rest of the output, and may fail again

@@ -2,21 +2,20 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
 
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
+        signal.signal(number, lambda *_: os._exit(0))
+
 import pika
-from pika.exceptions import (
-    AMQPConnectionError,
-    AMQPError,
-    ChannelClosedByBroker,
-    ProbableAccessDeniedError,
-    ProbableAuthenticationError,
-)
+from pika.exceptions import AMQPConnectionError, AMQPError
 
 
-def main(channel):
+def main(channel, options):
     channel.exchange_declare(exchange="topic_logs", exchange_type="topic")
 
     # A queue of our own, as in lesson 3.
@@ -47,47 +46,63 @@ parser.add_argument("binding_keys", type=routing_key, nargs="+", metavar="BINDIN
 
 # --- From here on, all consumers have the same code: see the end of lesson 1 (hello_world). ---
 
-AMQP_URL = os.getenv("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
-
 
 def connect():
-    """Connect to RabbitMQ. AMQP_URL may list several, with commas: take the first that answers."""
+    """Connect to the first RabbitMQ in AMQP_URL that accepts us. Raises AMQPConnectionError."""
+    urls = os.getenv("AMQP_URL", "amqp://guest:guest@localhost:5672/%2F")
     try:
-        brokers = [pika.URLParameters(url.strip()) for url in AMQP_URL.split(",")]
+        urls.encode()  # raises an exception for bytes that are not UTF-8
+        brokers = [pika.URLParameters(re.fullmatch(URL, u.strip())[0]) for u in urls.split(",")]
+    except OSError as error:  # a file with certificates, for example
+        raise AMQPConnectionError(f"AMQP_URL asks for what does not work: {error}") from None
     except Exception:  # do not print this exception: it may contain the password
-        sys.exit(" [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host")
+        raise AMQPConnectionError(f"AMQP_URL must look like {EXAMPLE}") from None
+    answers = []
     for broker in brokers:  # pika accepts a list, too, but gives up at a name it cannot resolve
         try:
             return pika.BlockingConnection(broker)
         except Exception as error:  # an error of pika, of the socket or of TLS
-            reason = repr(error)
-            if "ACCESS_REFUSED" in reason or "NOT_ALLOWED" in reason:
-                raise  # wrong password, wrong virtual host
-    raise AMQPConnectionError(f"No RabbitMQ answers (docker compose up -d starts one): {reason}")
+            cause = next((e.exception for e in error.args if hasattr(e, "exception")), error)
+            answers.append(f"{broker.host}:{broker.port}: {cause}")
+    raise AMQPConnectionError(f"No RabbitMQ accepts us: {'; '.join(answers)}")
 
 
-if __name__ == "__main__":
-    options = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
-        signal.signal(number, lambda signum, frame: os._exit(0))
-    # Until RabbitMQ has accepted us for the first time, these errors end the script.
-    fatal = (OSError, ChannelClosedByBroker, ProbableAuthenticationError, ProbableAccessDeniedError)
+URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika does not insist on a host
+EXAMPLE = "amqp://user:password@host:5672/virtual_host"
+
+
+def run(options):
+    """Consume until the script is stopped. Raises AMQPError for what stays wrong when it starts."""
+    worked = False
     reported = ""
     while True:
         try:
-            sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
             with connect() as connection:
                 channel = connection.channel()
-                main(channel)
-                fatal = OSError  # It works. From now on, errors of RabbitMQ may be temporary.
+                main(channel, options)
+                worked = True  # from now on, errors of RabbitMQ may be temporary
                 channel.start_consuming()
                 # It returns when it has no consumer any more: the queue was deleted, for example.
                 raise AMQPError("RabbitMQ cancelled the consumer")
-        except fatal as error:  # OSError if the output is closed or full, for example
-            print(f" [!] {error}", file=sys.stderr)
-            os._exit(1)  # sys.exit would try to write the rest of the output, and may fail again
         except AMQPError as error:
+            if not worked and re.search(HOPELESS, str(error)):
+                raise
             if str(error) != reported:
                 print(f" [!] {error}; trying again every second", file=sys.stderr)
             reported = str(error)
         time.sleep(1)
+
+
+# A wrong address, password, permission or virtual host; a queue that has other settings
+HOPELESS = "AMQP_URL|ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|PRECONDITION_FAILED"
+
+if __name__ == "__main__":
+    try:
+        sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # if standard error is closed
+        run(parser.parse_args())
+    except (AMQPError, OSError) as error:  # OSError if the output is closed or full, for example
+        try:
+            print(f" [!] {error}", file=sys.stderr)
+        finally:
+            os._exit(1)  # sys.exit would try to write the rest of the output, and may fail again
