@@ -8,12 +8,13 @@ PYTHON ?= python3
 BROKER ?= auto
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: help demo test test-cluster test-speed promises bench broker lint clean
+.PHONY: help demo test test-cluster test-endurance test-speed promises bench broker lint clean
 
 help:
 	@echo 'make demo      play a part of each lesson'
 	@echo 'make test      run the tests, four at a time'
 	@echo 'make test-cluster   run the tests of lesson 9, with three nodes in containers'
+	@echo 'make test-endurance    run the tests that kill scripts and RabbitMQ many times'
 	@echo 'make test-speed     run the tests that measure'
 	@echo 'make promises  list what the tests prove'
 	@echo 'make bench     measure how fast the scripts are, in ten minutes; BENCH_ARGS="-k rpc": in one'
@@ -31,7 +32,11 @@ test: .venv/has-test
 	$(VENV_PYTHON) -m pytest -n 4 --dist=worksteal --broker='$(BROKER)' $(PYTEST_ARGS)
 
 test-cluster: .venv/has-test
-	$(VENV_PYTHON) -m pytest -m 'cluster and not speed' -n 3 --dist=loadfile --broker=container $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -m cluster -n 3 --dist=loadfile --broker=container $(PYTEST_ARGS)
+
+test-endurance: .venv/has-test
+	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
+	$(VENV_PYTHON) -m pytest -m endurance -n 4 --dist=worksteal --broker='$(BROKER)' $(PYTEST_ARGS)
 
 test-speed: .venv/has-test .venv/has-alternatives
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
