@@ -29,7 +29,6 @@ WORKER = "dead_letters/worker.py"
 WAITING = " [*] Waiting for tasks. To exit press CTRL+C"
 DELAY = 3  # seconds between two tries
 WORK = '    with open(text) as file:\n        print(f" [.] {len(file.read().split())} words")\n'
-ENOENT = "FileNotFoundError(2, 'No such file or directory')"
 ADDED = {"failures", "x-death", "x-delivery-count", "x-acquired-count"}
 ADDED |= {"x-first-death-queue", "x-first-death-reason", "x-first-death-exchange"}
 ADDED |= {"x-last-death-queue", "x-last-death-reason", "x-last-death-exchange"}
@@ -60,8 +59,13 @@ def received(task: object, redelivered: bool = False) -> str:
     return f" [x] Received '{task}'" + (" (redelivered)" if redelivered else "")
 
 
-def failed(task: object, count: int, tries: int = 3, reason: str = ENOENT) -> str:
+def enoent(task: object) -> str:
+    return f"FileNotFoundError: [Errno 2] No such file or directory: '{task}'"
+
+
+def failed(task: object, count: int, tries: int = 3, reason: str = "") -> str:
     where = "tasks.retry" if count < tries else "tasks.parked"
+    reason = reason or enoent(task)
     return f" [!] '{task}' failed ({count} of {tries}) and is in {where} now: {reason}"
 
 
