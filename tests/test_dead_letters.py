@@ -188,7 +188,7 @@ def test_after_three_tries_a_task_is_parked_as_it_was(
         times = [time.strptime(f[:25], "%Y-%m-%d %H:%M:%S%z") for f in failures_of(properties)]
         assert len(times) == 3
         assert times == sorted(times)
-    assert [f[26:] for f in failures_of(dict(rest)[b"missing"])] == [ENOENT] * 3
+    assert [f[26:] for f in failures_of(dict(rest)[b"missing"])] == [enoent("missing")] * 3
     assert doing.process.poll() is None
     assert doing.out.seen.count(WAITING) == 1
 
@@ -256,7 +256,7 @@ def test_the_number_of_tries_is_an_option(
     doing = worker(scripts, "--tries", str(tries))
     put(channel, "missing")
     doing.expect_error(failed("missing", tries, tries))
-    assert listing(scripts) == [" [x] 'missing'", *[f"     T {ENOENT}"] * tries]
+    assert listing(scripts) == [" [x] 'missing'", *[f"     T {enoent('missing')}"] * tries]
     assert doing.out.seen == [WAITING, *[received("missing")] * tries]
 
 
@@ -421,7 +421,8 @@ def test_listing_parked_tasks_changes_nothing(scripts: Scripts, channel: Blockin
     doing = worker(scripts, "--tries", "1")
     put(channel, *(f"task {n}" for n in range(5)))
     doing.expect_error(failed("task 4", 1, 1))
-    expected = [line for n in range(5) for line in (f" [x] 'task {n}'", f"     T {ENOENT}")]
+    tasks = [f"task {n}" for n in range(5)]
+    expected = [line for t in tasks for line in (f" [x] '{t}'", f"     T {enoent(t)}")]
     assert listing(scripts) == expected
     for _ in range(22):  # as parked.py does, but faster
         look = channel.connection.channel()
