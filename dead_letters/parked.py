@@ -11,7 +11,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C ends the script at once, as kill does
 
 import pika
-from pika.exceptions import AMQPConnectionError, AMQPError
+from pika.exceptions import AMQPConnectionError, AMQPError, UnroutableError
 
 
 def main():
@@ -20,19 +20,22 @@ def main():
         channel = connection.channel()
         # passive: do not make the queue, only ask how many tasks are in it.
         count = channel.queue_declare(queue="tasks.parked", passive=True).method.message_count
-        stay = []  # the tasks that stay parked
-        for number in range(count):
+        sent, stay = 0, []
+        for _ in range(count):
             method, properties, body = channel.basic_get(queue="tasks.parked")  # one task
             if method is None:
-                print(f" [!] Somebody else has {count - number} of {count} tasks", file=sys.stderr)
+                print(" [!] Somebody else has the rest", file=sys.stderr)
                 break
             show(properties.headers or {}, body)
             if options.send_back and send_back(channel, method, properties, body):
                 channel.basic_ack(delivery_tag=method.delivery_tag)
+                sent += 1
             else:
                 stay.append(method.delivery_tag)
         for tag in stay:  # one by one: so they keep their order
             channel.basic_nack(delivery_tag=tag)
+    if options.send_back and sent < count:
+        sys.exit(f" [!] {sent} of {count} tasks are sent back")
 
 
 def show(headers, body):
@@ -56,8 +59,8 @@ def send_back(channel, method, properties, body):
             other.confirm_delivery()  # now basic_publish waits until the task is stored
             other.basic_publish("", "tasks", body, properties, mandatory=True)
     except Exception as refusal:
-        if channel.is_closed:
-            raise  # the connection is lost
+        if channel.is_closed or isinstance(refusal, UnroutableError):
+            raise  # the connection is lost, or there is no queue 'tasks'
         print(f" [!] It stays parked, because it cannot be sent: {refusal!r}", file=sys.stderr)
         return False
     finally:

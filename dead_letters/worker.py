@@ -14,7 +14,7 @@ if __name__ == "__main__":
         signal.signal(number, lambda *_: os._exit(0))
 
 import pika
-from pika.exceptions import AMQPConnectionError, AMQPError
+from pika.exceptions import AMQPConnectionError, AMQPError, UnroutableError
 
 
 def main(channel, options):
@@ -93,8 +93,8 @@ def put_aside(options, channel, method, properties, body, error):
                 other.confirm_delivery()  # now basic_publish waits until the task is stored
                 other.basic_publish("", queue, body, properties, mandatory=True)
         except Exception as refusal:
-            if channel.is_closed:
-                raise  # the connection is lost, so the task is in its queue again
+            if channel.is_closed or isinstance(refusal, UnroutableError):
+                raise  # the connection is lost, or the queue is gone: begin again, and declare it
             print(f" [!] {queue} does not take {text!r}: {refusal!r}", file=sys.stderr)
         else:
             # Acknowledge last: if we crash before this, the task is in both queues, but not lost.
