@@ -20,7 +20,7 @@ def main():
         channel = connection.channel()
         # passive: do not make the queue, only ask how many tasks are in it.
         count = channel.queue_declare(queue="tasks.parked", passive=True).method.message_count
-        sent, stay = 0, []
+        sent = 0
         for _ in range(count):
             method, properties, body = channel.basic_get(queue="tasks.parked")  # one task
             if method is None:
@@ -30,10 +30,7 @@ def main():
             if options.send_back and send_back(channel, method, properties, body):
                 channel.basic_ack(delivery_tag=method.delivery_tag)
                 sent += 1
-            else:
-                stay.append(method.delivery_tag)
-        for tag in stay:  # one by one: so they keep their order
-            channel.basic_nack(delivery_tag=tag)
+    # The connection is closed, so the tasks that we have not acknowledged are in their queue again.
     if options.send_back and sent < count:
         sys.exit(f" [!] {sent} of {count} tasks are sent back")
 

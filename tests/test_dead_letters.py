@@ -480,7 +480,7 @@ def test_a_worker_that_dies_between_two_queues_loses_nothing(
 
 
 def test_listing_parked_tasks_changes_nothing(scripts: Scripts, channel: BlockingChannel) -> None:
-    """However often one looks, all tasks are there afterwards, in their order.
+    """However often one looks, all tasks are there afterwards, if perhaps in another order.
 
     Each look is a delivery of each task. By default, RabbitMQ 4 would drop them after 21.
     """
@@ -491,12 +491,11 @@ def test_listing_parked_tasks_changes_nothing(scripts: Scripts, channel: Blockin
     expected = [line for t in tasks for line in (f" [x] '{t}'", f"     T {enoent(t)}")]
     assert listing(scripts) == expected
     for _ in range(22):  # as parked.py does, but faster
-        seen = [channel.basic_get("tasks.parked")[0] for _ in tasks]
-        for method in seen:
-            assert method
-            channel.basic_nack(method.delivery_tag)
+        look = channel.connection.channel()
+        assert all(look.basic_get("tasks.parked")[0] for _ in range(5))
+        look.close()
     eventually(lambda: size(channel, "tasks.parked") == 40, "all are back")
-    assert listing(scripts) == expected
+    assert sorted(listing(scripts)) == sorted(expected)
 
 
 @pytest.mark.parametrize(("moment", "copies"), [(PUBLISH, 3), (ACK, 4)], ids=["publish", "ack"])
