@@ -162,14 +162,18 @@ def test_failed_tasks_are_handled_with_the_same_permissions(
         parking.expect(" [x] Received 'missing'", count=2)
 
 
-def refusal(kind: str, name: str) -> re.Pattern[str]:
-    """Return the line that tells a user of the kind of permission that it lacks, and for what."""
-    # RabbitMQ 4.3 lets a user look at a queue that it may configure, write or read, and says
-    # "configure" to one that may do nothing.
-    kinds = f"({kind}|configure)" if name == r"tasks\.parked" else kind
+def refusal(broker: Broker, kind: str, what: str) -> re.Pattern[str]:
+    """Return the line that tells a user which kind of permission it lacks, and for what."""
+    if broker.version.startswith("3."):
+        kind = ""  # RabbitMQ 3.10 does not say it
+    elif what.endswith(r"'tasks\.parked'"):
+        # RabbitMQ 4.3 lets a user look at a queue that it may configure, write or read, and says
+        # "configure" to one that may do nothing.
+        kind = f"({kind}|configure) "
+    else:
+        kind += " "
     return re.compile(
-        rf" \[!\] .*ACCESS_REFUSED - {kinds} access to (queue|exchange) '{name}' in vhost "
-        r"'\S+' refused for user 'without-\S+'.*"
+        rf" \[!\] .*ACCESS_REFUSED - {kind}access to {what} in .+ refused for user '\S+'.*"
     )
 
 
@@ -212,10 +216,11 @@ def test_a_script_with_one_permission_less_says_which(
             prepare(fresh, script)
             started.append((scripts.start(command, *arguments, amqp_url=url), kind, name))
         for ended, kind, name in started:
+            told = refusal(broker, kind, f"(queue|exchange) '{name}'")
             if kind == "write" and script in ("work_queues/worker.py", "rpc/rpc_server.py"):
-                ended.expect_error(refusal(kind, name))
+                ended.expect_error(told)
             else:
-                assert refusal(kind, name).fullmatch(one_line(ended))
+                assert told.fullmatch(one_line(ended))
             assert "Traceback" not in "".join(ended.err.seen)
             ended.kill()
 
@@ -225,7 +230,7 @@ def test_topic_permissions_limit_what_a_user_may_say_and_hear(
 ) -> None:
     """A user may send only logs whose routing key fits a pattern, and bind only such keys."""
     limits = {"exchange": "topic_logs", "write": r"^kern\.", "read": r"^kern\."}
-    told = r" \[!\] .*ACCESS_REFUSED - {} access to topic '{}' in exchange 'topic_logs' in .*"
+    topic = "topic '{}' in exchange 'topic_logs'"
     everything = dict.fromkeys(KINDS, ".*")
     scripts.run("topics/emit_log_topic.py")  # it declares the exchange
     with another_user(broker, scripts.amqp_url, "kernel", **everything) as url:
@@ -235,8 +240,8 @@ def test_topic_permissions_limit_what_a_user_may_say_and_hear(
         scripts.run("topics/emit_log_topic.py", "kern.info", "a", amqp_url=url)
         sent = scripts.start("topics/emit_log_topic.py", "auth.info", "b", amqp_url=url)
         greedy = scripts.start("topics/receive_logs_topic.py", "#", amqp_url=url)
-        assert re.fullmatch(told.format("write", "auth.info"), one_line(sent))
-        assert re.fullmatch(told.format("read", "#"), one_line(greedy))
+        assert refusal(broker, "write", topic.format("auth.info")).fullmatch(one_line(sent))
+        assert refusal(broker, "read", topic.format("#")).fullmatch(one_line(greedy))
         listening.expect(" [x] kern.info:a")
 
 
