@@ -397,12 +397,13 @@ def test_scripts_use_tls_by_their_url_and_environment_alone(
     """With SSL_CERT_FILE, or with a file in AMQP_URL, the scripts check the certificate of
     RabbitMQ and its name. Without, they send nothing. Plain AMQP is refused."""
     with closing(Scripts(secure.amqp_url)) as scripts:
-        url = f"{secure.amqp_url}?ssl_options={{'cafile':'{certificates / 'ca.pem'}'}}"
+        address = secure.amqp_url.replace("localhost", "127.0.0.1")
+        options = f"'cafile':'{certificates / 'ca.pem'}'%2C'server_hostname':'localhost'"
+        url = f"{address}?ssl_options={{{options}}}"
         receiving = consumer(scripts, "hello_world/receive.py", amqp_url=url)
         refused(scripts.start("hello_world/send.py"), UNKNOWN)
         with scripts.environment(SSL_CERT_FILE=str(certificates / "ca.pem")):
             scripts.run("hello_world/send.py")
-            address = url.replace("localhost", "127.0.0.1")
             refused(scripts.start("hello_world/send.py", amqp_url=address), MISMATCH)
             plain = secure.amqp_url.replace("amqps", "amqp")
             refused(scripts.start("hello_world/send.py", amqp_url=plain), NEEDS_TLS)
