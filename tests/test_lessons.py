@@ -17,7 +17,14 @@ from tools.broker import Broker, Cluster, Secure, remains
 from tools.lesson import README, LessonError, blocks, lessons, steps, without_docker
 from tools.player import NeedsDocker, Player, play
 
-LANGUAGES = ("console", "python", "yaml", "mermaid", "text")  # played, looked up, drawn, not read
+LANGUAGES = (
+    "console",
+    "python",
+    "yaml",
+    "bash",
+    "mermaid",
+    "text",
+)  # played, looked up, drawn, not read
 
 GOOD = """\
 # A lesson
@@ -179,12 +186,13 @@ def test_the_addresses_of_the_cluster_are_those_of_its_nodes() -> None:
 
 @each_document
 def test_what_the_excerpts_show_is_in_the_scripts(document: Path) -> None:
-    """Each block of Python or YAML stands, line for line, in a file of its folder."""
+    """Each block of Python, YAML or bash stands, line for line, in a file of its folder."""
     folder = document.parent
-    files = [*folder.glob("*.py"), *folder.glob("*/*.py"), *folder.glob("*.yml")]
+    patterns = ("*.py", "*/*.py", "*.yml", "*.sh")
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
     scripts = [path.read_text() for path in files]
     for block in blocks(document):
-        if block.language in ("python", "yaml"):
+        if block.language in ("python", "yaml", "bash"):
             assert block.source.strip()
             assert any(has_excerpt(script, block.source) for script in scripts), block
 

@@ -32,7 +32,7 @@ from tests.scripts import (
     one_line,
     replaced,
 )
-from tools import ROOT, TIMEOUT
+from tools import ROOT, TIMEOUT, environment
 from tools.broker import Broker, Secure, eventually, virtual_host_of
 from tools.lesson import blocks
 
@@ -388,6 +388,28 @@ def test_the_certificates_are_strict(certificates: Path) -> None:
     command = ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-verify_hostname"]
     files = ["-CAfile", str(certificates / "ca.pem"), str(certificates / "server.pem")]
     subprocess.run([*command, "localhost", *files], check=True, capture_output=True)
+
+
+def test_a_new_users_password_is_on_no_command_line(tmp_path: Path) -> None:
+    """add_user.sh gives it to rabbitmqctl on its standard input, and writes it to a file that only
+    its owner can read."""
+    script = Path(shutil.copy(LESSON.with_name("add_user.sh"), tmp_path))
+    docker = tmp_path / "docker"  # it writes down how it is called
+    docker.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/called\ncat >>{tmp_path}/input\n')
+    docker.chmod(0o755)
+    env = environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for name in ("one", "two"):
+        subprocess.run([script, name, "^a$", "^b$", "^$"], env=env, check=True, timeout=TIMEOUT)
+    files = [tmp_path / "users" / name for name in ("one", "two")]
+    passwords = [urlsplit(file.read_text()).password or "" for file in files]
+    assert (tmp_path / "input").read_text().split() == passwords
+    assert len(set(passwords)) == 2
+    assert all(len(password) == 32 for password in passwords)
+    called = (tmp_path / "called").read_text()
+    assert "rabbitmqctl set_permissions two ^a$ ^b$ ^$" in called
+    assert not any(password in called for password in passwords)
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    assert files[0].parent.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.cluster
