@@ -46,9 +46,8 @@ class Publisher:
 
     def __init__(self, queue, url=None, timeout=5, limit=1000):
         self.queue = queue
-        self.brokers = brokers(
-            url or os.getenv("AMQP_URL", "amqp://guest:guest@localhost:5672/%2F")
-        )
+        default = os.getenv("AMQP_URL", "amqp://guest:guest@localhost:5672/%2F")
+        self.brokers = brokers(default if url is None else url)
         self.timeout = timeout  # after so many seconds, each Future is done
         self.limit = limit  # how many messages may be unsent or unconfirmed
         self.reset()
