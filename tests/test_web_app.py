@@ -11,9 +11,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
+from itertools import islice
 from typing import Any
 
 import pika
@@ -45,13 +47,11 @@ def ready(channel: BlockingChannel) -> int:
 
 def ids(channel: BlockingChannel) -> list[str]:
     """Take all tasks out of the queue, and return their message ids."""
-    found: list[str] = []
     count = ready(channel)
-    while len(found) < count:
-        _method, properties, _body = channel.basic_get("task_queue", auto_ack=True)
-        assert properties is not None
-        found.append(properties.message_id)
-    return found
+    tasks = islice(channel.consume("task_queue", auto_ack=True), count) if count else []
+    properties = [properties for _method, properties, _body in tasks]
+    channel.cancel()
+    return [each.message_id for each in properties if each]
 
 
 @contextmanager
@@ -181,6 +181,18 @@ def test_a_message_that_pika_cannot_send_fails_alone(
         ]
         assert [isinstance(future.exception(), Exception) for future in futures] == [0, 1, 0, 1, 0]
     assert ready(channel) == 3
+
+
+def test_an_exception_in_pika_leaves_no_future_open(
+    scripts: Scripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each Future fails at once, and the next publish() starts anew."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it would print a traceback
+    with publisher(scripts.amqp_url) as shared:
+        with monkeypatch.context() as broken:
+            broken.setattr(pika, "SelectConnection", None)
+            assert isinstance(shared.publish("x").exception(1), UnconfirmedError)
+        assert shared.publish("y").result(LATE)
 
 
 def test_an_idle_publisher_publishes_at_once(scripts: Scripts, channel: BlockingChannel) -> None:
@@ -700,3 +712,59 @@ def test_a_server_starts_without_rabbitmq(scripts: Scripts, name: str) -> None:
     assert server.stop(signal.SIGTERM) < LATE
     assert SECRET not in "".join(server.err.seen)
     assert server.process.returncode == 0
+
+
+# --- Under fire ---
+
+
+@pytest.mark.endurance
+@pytest.mark.timeout(600)
+@each_server
+def test_every_accepted_task_is_in_the_queue(
+    own_broker: Broker,
+    scripts: Scripts,
+    record_property: Callable[[str, object], None],
+    name: str,
+) -> None:
+    """50 clients send 20,000 requests while RabbitMQ is killed three times. Each answer is 202 or
+    503, or the connection is closed. Each task of a 202 is in the queue."""
+    web = Web(scripts, name)
+    own_broker.sync()
+    answers: list[tuple[int, str]] = []  # the status, or 0 for none; and the message id
+
+    def run_client(_number: int) -> None:
+        for _ in range(400):
+            try:
+                status, text = web.post("under fire")
+            except (OSError, http.client.HTTPException):
+                status, text = 0, ""
+            answers.append((status, text))
+            if status != 202:
+                time.sleep(0.2)
+
+    with ThreadPoolExecutor(50) as clients:
+        running = [clients.submit(run_client, number) for number in range(50)]
+        for kill_at in (2_000, 8_000, 14_000):
+            eventually(lambda: len(answers) > kill_at, f"{kill_at} answers", 120)  # noqa: B023
+            own_broker.kill()
+            own_broker.start()
+        for client in running:
+            client.result()
+    assert web.script.stop(signal.SIGTERM) < LATE
+    counts = Counter(status for status, _ in answers)
+    confirmed = {text for status, text in answers if status == 202}
+    with closing(pika.BlockingConnection(pika.URLParameters(scripts.amqp_url))) as connection:
+        stored = ids(connection.channel())
+    lost = confirmed - set(stored)
+    record_property(
+        f"20,000 requests to {name} and three killed brokers",
+        f"{counts[202]} times 202, {counts[503]} times 503, {counts[0]} without an answer; "
+        f"{len(lost)} lost, {len(stored) - len(set(stored))} in the queue twice, "
+        f"{len(set(stored) - confirmed)} in the queue although the answer was 503",
+    )
+    assert not lost
+    assert len(confirmed) == counts[202]
+    assert set(counts) <= {202, 503, 0}
+    assert counts[202] > 15_000
+    assert counts[503] > 0
+    assert len(web.script.err.seen) < 20
