@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pika
@@ -768,3 +769,99 @@ def test_every_accepted_task_is_in_the_queue(
     assert counts[202] > 15_000
     assert counts[503] > 0
     assert len(web.script.err.seen) < 20
+
+
+# --- How fast ---
+
+# server.py with another class in place of its Publisher
+INSTEAD = """
+import os, sys
+from concurrent.futures import Future
+sys.path.insert(0, "web_app")
+sys.stdout.reconfigure(line_buffering=True)
+import pika, server
+
+class Instead:
+    def __init__(self, queue):
+        pass
+    def is_ready(self):
+        return True
+    def close(self):
+        pass
+    def publish(self, body):
+        future = Future()
+        future.set_result("id")
+        {}
+        return future
+
+server.Publisher = Instead
+server.main()
+"""
+A_CONNECTION_EACH = """
+        with pika.BlockingConnection(pika.URLParameters(os.environ["AMQP_URL"])) as connection:
+            channel = connection.channel()
+            channel.queue_declare("task_queue", durable=True)
+            channel.confirm_delivery()
+            channel.basic_publish("", "task_queue", body, pika.BasicProperties(delivery_mode=2))
+"""
+AIO_PIKA = """
+import argparse, os, uuid
+import aio_pika
+from aiohttp import web
+
+async def post_task(request):
+    task = (await request.json())["task"].encode()
+    message = aio_pika.Message(task, delivery_mode=2, message_id=uuid.uuid4().hex)
+    await request.app["channel"].default_exchange.publish(message, "task_queue")
+    return web.json_response({"id": message.message_id}, status=202)
+
+async def get_health(request):
+    return web.json_response({})
+
+async def connect(app):
+    connection = await aio_pika.connect_robust(os.environ["AMQP_URL"])
+    app["channel"] = await connection.channel()
+    await app["channel"].declare_queue("task_queue", durable=True)
+    yield
+    await connection.close()
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--port", type=int)
+app = web.Application()
+app.add_routes([web.post("/tasks", post_task), web.get("/health", get_health)])
+app.cleanup_ctx.append(connect)
+port = parser.parse_args().port
+web.run_app(
+    app, host="127.0.0.1", port=port, access_log=None,
+    print=lambda _: print(
+        f" [*] Waiting at http://127.0.0.1:{port}/tasks. To exit press CTRL+C", flush=True
+    ),
+)
+"""
+
+
+@pytest.mark.speed
+def test_one_connection_is_eight_times_as_fast_as_one_for_each_request(
+    scripts: Scripts, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """With 50 clients. Beside it: the same server without publishing, asyncio, and aio-pika."""
+    programs = {
+        "server.py": SERVER,
+        "server.py without publishing": INSTEAD.format(""),
+        "server.py with a connection for each request": INSTEAD.format(A_CONNECTION_EACH),
+        "async_server.py": ASYNC_SERVER,
+        "aiohttp with aio-pika": AIO_PIKA,
+    }
+    rates: dict[str, int] = {}
+    for name, code in programs.items():
+        program = tmp_path / "program.py"
+        program.write_text(code)
+        web = Web(scripts, code if code.startswith("web_app") else str(program))
+        arguments = ("--port", str(web.port), "--seconds", "5")
+        load = scripts.run("web_app/load.py", *arguments)
+        web.script.stop(signal.SIGTERM)
+        found = re.fullmatch(r" \[x\] (\d+) per second.*", load.out.seen[-1])
+        assert found
+        rates[name] = int(found[1])
+        record_property(name, ", ".join(load.out.seen))
+    assert rates["server.py"] >= 8 * rates["server.py with a connection for each request"]
