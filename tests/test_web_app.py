@@ -439,10 +439,9 @@ def test_a_task_is_accepted_when_it_is_in_the_queue(
     assert web.script.err.seen == []
 
 
-@each_server
-def test_the_worker_of_lesson_2_does_the_tasks(scripts: Scripts, name: str) -> None:
+def test_the_worker_of_lesson_2_does_the_tasks(scripts: Scripts) -> None:
     """It prints the text of each task."""
-    web = Web(scripts, name)
+    web = Web(scripts)
     worker = scripts.start("work_queues/worker.py")
     web.post("Hello")
     worker.expect(" [x] Received 'Hello'")
@@ -479,24 +478,23 @@ def test_a_bad_request_is_refused(scripts: Scripts, channel: BlockingChannel, na
     assert web.script.err.seen == []
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        b"",
-        b"Content-Length: -1\r\n",
-        b"Content-Length: 1_0\r\n",
-        b"Content-Length: x\r\n",
-        b"Content-Length: \xb2\r\n",
-        b"Content-Length: " + b"9" * 5000 + b"\r\n",
-        b"Transfer-Encoding: chunked\r\n",
-    ],
-    ids=range(7),
-)
-def test_a_request_without_a_length_is_refused(scripts: Scripts, headers: bytes) -> None:
+LENGTHS = [
+    b"",
+    b"Content-Length: -1\r\n",
+    b"Content-Length: 1_0\r\n",
+    b"Content-Length: x\r\n",
+    b"Content-Length: \xb2\r\n",
+    b"Content-Length: " + b"9" * 5000 + b"\r\n",
+    b"Transfer-Encoding: chunked\r\n",
+]
+
+
+def test_a_request_without_a_length_is_refused(scripts: Scripts) -> None:
     """The answer is 411 or 413, and the connection is closed."""
     web = Web(scripts)
-    with web.open(b"POST /tasks HTTP/1.1\r\n" + headers + b"\r\n{}") as client:
-        assert re.match(rb"HTTP/1.1 41[13] ", client.makefile("rb").read())
+    for header in LENGTHS:
+        with web.open(b"POST /tasks HTTP/1.1\r\n" + header + b"\r\n{}") as client:
+            assert re.match(rb"HTTP/1.1 41[13] ", client.makefile("rb").read()), header
     assert web.post()[0] == 202
     assert web.script.err.seen == []
 
