@@ -214,7 +214,7 @@ class Message(Future):
 
     def __init__(self, body, properties, deadline):
         super().__init__()
-        self.set_running_or_notify_cancel()  # nobody can cancel it, because it may be sent already
+        self.set_running_or_notify_cancel()  # nobody can cancel it: perhaps it is sent already
         self.body = body
         self.deadline = deadline
         default = {
@@ -241,7 +241,7 @@ def brokers(urls):
         raise ValueError(f"AMQP_URL must look like {EXAMPLE}") from None
     for broker in found:
         if broker.heartbeat is None:
-            broker.heartbeat = 10  # a server that is dead or paused is noticed in 20 seconds
+            broker.heartbeat = 10  # we notice within half a minute that RabbitMQ does not answer
     return found
 
 
