@@ -74,7 +74,8 @@ class Publisher:
                 raise PublishError("Closed" if self.is_closed else "Too many messages wait already")
             self.start()
             self.unsent.append(message)
-            self.ioloop.add_callback_threadsafe(self.send)
+            if len(self.unsent) == 1:  # otherwise, send() is about to be called, or runs
+                self.ioloop.add_callback_threadsafe(self.send)
         return message
 
     def is_ready(self):
