@@ -27,8 +27,8 @@ def main(channel, options):
 
 
 def on_message(channel, method, properties, body):
-    # The body is bytes. Bytes that are not UTF-8 text become characters such as \udce9, and !r
-    # escapes them, line ends and all else that is not printable: one message is one line.
+    # The body is bytes. Those that are not UTF-8 text become characters such as \udce9.
+    # !r adds the quotes, and escapes such characters, line ends and all that is not printable.
     text = body.decode(errors="surrogateescape")
     print(f" [x] Received {text!r}")
 

@@ -133,6 +133,7 @@ def name(document: Path) -> str:
 
 
 CLUSTER = ROOT / "cluster" / "README.md"
+each_lesson = pytest.mark.parametrize("document", lessons(), ids=name)
 each_document = pytest.mark.parametrize("document", [README, *lessons()], ids=name)
 
 
@@ -172,16 +173,17 @@ def test_the_addresses_of_the_cluster_are_those_of_its_nodes() -> None:
     assert f"\n{line}\n" in CLUSTER.read_text()
 
 
-@each_document
+@each_lesson
 def test_what_the_excerpts_show_is_in_the_scripts(document: Path) -> None:
     """Each block of Python or YAML stands, line for line, in a file of its folder."""
     folder = document.parent
     files = [*folder.glob("*.py"), *folder.glob("*/*.py"), *folder.glob("*.yml")]
     scripts = [path.read_text() for path in files]
-    for block in blocks(document):
-        if block.language in ("python", "yaml"):
-            assert block.source.strip()
-            assert any(has_excerpt(script, block.source) for script in scripts), block
+    excerpts = [block for block in blocks(document) if block.language in ("python", "yaml")]
+    assert excerpts
+    for block in excerpts:
+        assert block.source.strip()
+        assert any(has_excerpt(script, block.source) for script in scripts), block
 
 
 @each_document
@@ -208,7 +210,7 @@ def test_each_link_leads_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
-@pytest.mark.parametrize("document", lessons(), ids=name)
+@each_lesson
 def test_the_demo_plays_a_part_of_each_lesson(document: Path) -> None:
     """Each lesson has a section for the demo. It needs no Docker, but for that of the cluster."""
     story = steps(document, "Run it")
