@@ -139,12 +139,12 @@ class Script:
         self, stream: Lines, line: str | re.Pattern[str], count: int = 1, timeout: float = TIMEOUT
     ) -> None:
         """Wait until `line` has come in this stream, as a whole line, at least `count` times."""
-        pattern = re.compile(re.escape(line)) if isinstance(line, str) else line
+        is_it = line.__eq__ if isinstance(line, str) else line.fullmatch
 
         def enough(lines: list[str]) -> bool:
-            return sum(1 for seen in lines if pattern.fullmatch(seen)) >= count
+            return sum(1 for seen in lines if is_it(seen)) >= count
 
-        assert stream.wait_for(enough, timeout), f"{pattern.pattern!r} did not come from {self}"
+        assert stream.wait_for(enough, timeout), f"{str(line)[:500]} did not come from {self}"
 
     def wait(self, timeout: float = TIMEOUT) -> int:
         """Wait until the script ends, and return its exit status; -9 if it was killed."""

@@ -46,18 +46,18 @@ def test_either_script_may_start_first(scripts: Scripts, channel: BlockingChanne
 def test_each_message_goes_to_exactly_one_receiver(scripts: Scripts) -> None:
     """Many senders feed the queue and many receivers read it; none prints another's message."""
     receivers = [consumer(scripts, RECEIVE) for _ in range(3)]
-    senders = [scripts.start(SEND, f"message {i}") for i in range(9)]
+    senders = [scripts.start(SEND, f"message {i}") for i in range(6)]
     for sender in senders:
         assert sender.wait() == 0, str(sender)
 
     def printed() -> list[str]:
         return [line for each in receivers for line in each.out.seen if line != WAITING]
 
-    eventually(lambda: len(printed()) >= 9, "nine messages are printed")
+    eventually(lambda: len(printed()) >= 6, "six messages are printed")
     for each in receivers:
         each.stop()
-    assert sorted(printed()) == [received(f"message {i}") for i in range(9)]
-    assert all(len(each.out.seen) == 1 + 3 for each in receivers), "they are served in turn"
+    assert sorted(printed()) == [received(f"message {i}") for i in range(6)]
+    assert all(len(each.out.seen) == 1 + 2 for each in receivers), "they are served in turn"
 
 
 def test_amqp_url_alone_says_where_the_broker_is(scripts: Scripts) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pika.adapters.blocking_connection import BlockingChannel
 
 from tests.scripts import EMIT_DIRECT, RECEIVE_DIRECT, Scripts, consumer
 
@@ -13,11 +14,13 @@ def emit(scripts: Scripts, *arguments: str | bytes) -> str:
     return sent
 
 
-def test_a_receiver_gets_the_severities_that_it_names(scripts: Scripts) -> None:
+def test_a_receiver_gets_the_severities_that_it_names(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
     """It gets these and no other, in the order in which they were sent."""
     started = consumer(scripts, RECEIVE_DIRECT, "warning", "error")
     for severity in ("info", "error", "debug", "warning", "Error", "errors", "", "#", "*"):
-        emit(scripts, severity, f"a line with {severity}")
+        channel.basic_publish("direct_logs", severity, f"a line with {severity}".encode())
     emit(scripts, "error", "the last")
     started.expect(" [x] error:the last")
     assert started.out.seen == [

