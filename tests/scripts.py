@@ -292,9 +292,9 @@ def consumer(
     return started
 
 
-def received(text: str) -> str:
+def received(text: str, redelivered: bool = False) -> str:
     """Return what a receiver or a worker prints when it gets this text."""
-    return f" [x] Received {text!r}"
+    return f" [x] Received {text!r}" + " (redelivered)" * redelivered
 
 
 def take(channel: BlockingChannel, queue: str) -> tuple[BasicProperties, bytes]:

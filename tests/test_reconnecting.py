@@ -77,7 +77,7 @@ def test_consumers_outlive_a_killed_broker(
 
     messages = {received(f"message {i}") for i in range(2)}
     eventually(lambda: messages <= printed_by(RECEIVE), "both messages are printed")
-    tasks = {received(f"task {i}") for i in range(2)} | {f"{received('task....')} (redelivered)"}
+    tasks = {received(f"task {i}") for i in range(2)} | {received("task....", redelivered=True)}
     eventually(lambda: tasks <= printed_by(WORKER), "all tasks are done, that in hand once more")
     for receivers in (late, early):
         receivers[RECEIVE_TOPIC].expect(" [x] info:log")
@@ -156,7 +156,7 @@ def test_a_task_that_takes_longer_than_the_broker_waits_ends_no_worker(
         if tuple(map(int, own_broker.version.split(".")[:2])) < (4, 3):
             worker.expect_error(re.compile(r" \[!\] .*delivery acknowledgement.*timed out.*"))
             worker.expect(CONSUMERS[WORKER], count=2)
-            worker.expect(f"{received('long..')} (redelivered)")
+            worker.expect(received("long..", redelivered=True))
         else:
             worker.expect(" [x] Done")
             assert worker.err.seen == []
@@ -200,7 +200,7 @@ def test_a_worker_that_loses_its_connection_reconnects_while_it_works(scripts: S
         worker.expect(CONSUMERS[WORKER], count=2)
         assert time.monotonic() - begin < 3
         assert worker.out.seen[-2:] == [received("long...."), CONSUMERS[WORKER]]
-        worker.expect(f"{received('long....')} (redelivered)")
+        worker.expect(received("long....", redelivered=True))
 
 
 def test_a_connection_that_is_lost_while_it_is_made_is_no_wrong_password(scripts: Scripts) -> None:
