@@ -133,16 +133,14 @@ def test_without_a_url_the_broker_is_on_this_computer() -> None:
 
 
 def test_a_reason_can_be_understood(scripts: Scripts, own_broker: Broker, amqp_url: str) -> None:
-    """A wrong scheme, port, virtual host or file is not taken for a RabbitMQ that is not there."""
+    """A wrong scheme, virtual host or file is not taken for a RabbitMQ that is not there."""
     url = replaced(amqp_url, user=f"guest:{SECRET}")
-    page = int(own_broker.management_url.rpartition(":")[2])
     virtual_host = virtual_host_of(amqp_url)
     stop = f'rabbit_vhost_sup_sup:stop_and_delete_vhost(<<"{virtual_host}">>).'
     own_broker.rabbitmqctl("eval", stop)
     files = quote(str({"ca_certs": "/no/such/file"}))
     told = {
         url.replace("amqp:", "amqps:"): "SSL",
-        replaced(amqp_url, port=page): "StreamLostError",
         amqp_url: f"vhost '{virtual_host}' is down",
         f"{url}?ssl_options={files}".replace("amqp:", "amqps:"): "No such file or directory",
     }
@@ -308,6 +306,23 @@ def test_an_amqps_url_is_encrypted(scripts: Scripts, tmp_path: Path) -> None:
         scripts.run(SEND, amqp_url=url)
         started = scripts.start(RECEIVE, amqp_url=f"amqp://127.0.0.2:1,{url}")
         started.expect(received("Hello World!"))
+
+
+def test_a_producer_waits_while_rabbitmq_is_short_of_memory_or_gives_up(
+    own_broker: Broker, scripts: Scripts
+) -> None:
+    """RabbitMQ then reads no messages. Without blocked_connection_timeout in the URL a producer
+    waits until it does, and with it, only so long."""
+    memory = "{resource_limit, memory, node()}"
+    own_broker.rabbitmqctl("eval", f"rabbit_alarm:set_alarm({{{memory}, []}}).")
+    try:
+        patient = scripts.start(SEND)
+        url = f"{scripts.amqp_url}?blocked_connection_timeout=1"
+        assert "Blocked connection timeout" in one_line(scripts.start(SEND, amqp_url=url))
+        assert patient.process.poll() is None
+    finally:
+        own_broker.rabbitmqctl("eval", f"rabbit_alarm:clear_alarm({memory}).")
+    assert patient.wait() == 0
 
 
 # --- Complete in itself ---
