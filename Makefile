@@ -57,7 +57,11 @@ lint: .venv/has-lint
 	.venv/bin/ruff check .
 	.venv/bin/mypy .
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/lesson.yml
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml cluster/docker-compose.yml
+	@if command -v shellcheck >/dev/null; then echo 'shellcheck .ci/run .ci/provision'; shellcheck .ci/run .ci/provision; \
+		else echo 'Not checked: .ci/run and .ci/provision, because shellcheck is not installed'; fi
 
 clean:
 	rm -rf .venv build .*_cache .hypothesis *.egg-info
