@@ -36,7 +36,7 @@ def on_log(channel, method, properties, body):
 
 
 def one_line(text):
-    """Return the text with line ends and control characters escaped, as repr does it."""
+    """Escape line ends and control characters as repr does it, but without its quotes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
