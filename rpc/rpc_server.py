@@ -23,8 +23,8 @@ def main(channel, options):
 
 
 def on_request(channel, method, properties, body):
-    # Has RabbitMQ refused our answer, closed the channel, and sent the request again? Then a second
-    # answer on this channel would end in the same way, again and again. So it gets its own channel.
+    # If RabbitMQ refuses our answer, it closes the channel, and the request comes again. The second
+    # answer gets a channel of its own, so that this one can acknowledge the request in any case.
     answers = channel.connection.channel() if method.redelivered else channel
     if properties.reply_to:  # without it, nobody waits for an answer
         kind, text = answer(body)
