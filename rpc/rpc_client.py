@@ -68,7 +68,7 @@ class FibonacciRpcClient:
             else:
                 self.connection.process_data_events(seconds)  # calls on_answer if one comes
             if self.channel.is_closed:
-                raise AMQPConnectionError("RabbitMQ refused a request, and closed the channel")
+                raise self.channel._closing_reason  # why; pika has no public name for it
         return list(self.answers.values())
 
     def send(self, n, seconds):
