@@ -27,21 +27,21 @@ def main():
         WAYS[options.way](channel)
 
 
-# --- Instead of order.py: an order of 10 for carol, without an outbox ---
+# --- Instead of order.py: an order of 10, without an outbox ---
 
 
 def publish_first(channel):
     with transaction("shop.db") as shop:
-        order_id = write_order(shop)
-        publish(channel, order_id, ORDER)
+        order_id, body = write_order(shop, "carol")
+        publish(channel, order_id, body)
         crash("the message is published, and the order is not committed")
 
 
 def commit_first(channel):
     with transaction("shop.db") as shop:
-        order_id = write_order(shop)
+        order_id, body = write_order(shop, "dave")
     crash("the order is committed, and its message is not published")
-    publish(channel, order_id, ORDER)
+    publish(channel, order_id, body)
 
 
 # --- Instead of relay.py ---
@@ -88,13 +88,11 @@ def select_first(channel):
 
 # --- What they share ---
 
-ORDER = json.dumps({"account": "carol", "amount": 10})
 
-
-def write_order(shop):
+def write_order(shop, account):
     order_id = str(uuid.uuid4())
-    shop.execute("INSERT INTO orders VALUES (?, 'carol', 10)", (order_id,))
-    return order_id
+    shop.execute("INSERT INTO orders VALUES (?, ?, 10)", (order_id, account))
+    return order_id, json.dumps({"account": account, "amount": 10})
 
 
 def publish(channel, message_id, body):

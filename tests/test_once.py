@@ -504,7 +504,7 @@ def settle(business: Business) -> tuple[dict[str, int], dict[str, int]]:
     ("way", "booked", "ordered"),
     [
         ("publish-first", {"alice": 10, "carol": 10}, {"alice": 10}),
-        ("commit-first", {"alice": 10}, {"alice": 10, "carol": 10}),
+        ("commit-first", {"alice": 10}, {"alice": 10, "dave": 10}),
         ("remove-first", {}, {"alice": 10}),
     ],
 )
