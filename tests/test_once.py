@@ -157,14 +157,17 @@ def test_an_order_taker_killed_at_any_moment_leaves_both_or_neither(business: Bu
     """Twenty of them are killed at random moments. What one has printed is there, too."""
     rng = random.Random(1)
     business.order("alice", 1)
+    begin = time.monotonic()
+    business.order("alice", 1)
+    duration = time.monotonic() - begin
     told = 0
     for _ in range(20):
         script = business.scripts.start(ORDER, "--database", business.shop, "alice", "1")
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0.3, 1.1) * duration)
         script.kill()
         told += len(script.out.seen)
     assert business.outbox() == [order_id for order_id, _, _ in business.orders()]
-    assert len(business.orders()) >= 1 + told
+    assert len(business.orders()) >= 2 + told
 
 
 def test_an_order_is_taken_without_rabbitmq(business: Business) -> None:
@@ -681,8 +684,8 @@ def test_two_thousand_orders_under_fire(
                     crew = rng.choice([relays, bookkeepers])
                     crew.kill_one(rng)
                     killed["relays" if crew is relays else "consumers"] += 1
-            if not kill_at and all(taker.done() for taker in takers):
-                break
+            if not kill_at:
+                break  # the order takers go on to the last order
     for taker in takers:
         taker.result()
     business.expect_booked(60)
@@ -708,13 +711,13 @@ def test_what_once_costs(
 ) -> None:
     """Relay and consumer, with one transaction a message and with one for fifty, beside the plain
     ways of lesson 2: one confirm a task, one acknowledgement a task. They take turns."""
-    number = 2000
+    number = 500
     business.order("alice", 1)
     channel.queue_declare("orders", durable=True)
     channel.queue_declare("task_queue", durable=True)
 
     def rate(script: Script, pattern: str, last: Callable[[], bool]) -> float:
-        eventually(last, f"{script} is done", 60)
+        eventually(last, f"{script.name} is done", 60)
         times = [
             at
             for at, line in zip(script.out.times, script.out.seen, strict=True)
@@ -752,7 +755,7 @@ def test_what_once_costs(
         "relay.py --together 1": lambda: relay("1"),
         "relay.py": lambda: relay("50"),
         "lesson 2, worker.py": lambda: work("1"),
-        "lesson 2, worker.py --prefetch 100": lambda: work("100"),
+        "lesson 2, worker.py --prefetch 50": lambda: work("50"),
         "book.py --together 1": lambda: book("1"),
         "book.py": lambda: book("50"),
     }
