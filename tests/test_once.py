@@ -94,7 +94,7 @@ class Business:
         printed = self.scripts.run(BALANCES, "--database", database, *options).out.seen
         return {account: int(amount) for account, amount in map(str.split, printed)}
 
-    def expect_booked(self, timeout: float = 15) -> None:
+    def expect_booked(self, timeout: float = 60) -> None:
         """Wait until every order is booked, and see that the balances are those of the orders."""
         every = {order_id for order_id, _account, _amount in self.orders()}
         query = "SELECT order_id FROM booked"
@@ -137,6 +137,17 @@ def send(
         )
 
 
+def imported_by(name: str) -> set[str]:
+    """Return the names of the packages that a script imports."""
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(str(node.module).partition(".")[0])
+    return imported
+
+
 # --- An order and its message ---
 
 
@@ -171,15 +182,8 @@ def test_an_order_taker_killed_at_any_moment_leaves_both_or_neither(business: Bu
 
 
 def test_an_order_is_taken_without_rabbitmq(business: Business) -> None:
-    """order.py needs neither RabbitMQ nor pika: nothing but the standard library."""
-    imported = set()
-    for node in ast.walk(ast.parse((ROOT / ORDER).read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(str(node.module))
-    assert imported <= sys.stdlib_module_names
-    assert "socket" not in imported
+    """order.py needs neither RabbitMQ nor pika: it speaks to a database, and to nobody else."""
+    assert not imported_by(ORDER) & {"pika", "socket"}
     (line,) = business.order("alice", 10).out.seen
     assert line == f" [x] Order {business.outbox()[0]}: 10 for alice"
     uuid.UUID(business.outbox()[0])
@@ -232,7 +236,7 @@ def test_the_relay_publishes_what_waits_in_order(
     relay.expect(re.compile(r" \[x\] Published order .*"), count=3)
     eventually(lambda: business.outbox() == [], "the outbox is empty")
     business.order("bob", 4)
-    relay.expect(re.compile(r" \[x\] Published order .*"), count=4, timeout=1)
+    relay.expect(re.compile(r" \[x\] Published order .*"), count=4, timeout=5)
     assert [line.split()[-1] for line in relay.out.seen[1:]] == [o[0] for o in business.orders()]
     for order_id, account, amount in business.orders():
         _method, properties, body = channel.basic_get("orders", auto_ack=True)
@@ -335,7 +339,7 @@ def test_every_order_is_booked(business: Business) -> None:
     relay.expect(WAITING)
     for account, amount in (("alice", 10), ("bob", 20), ("alice", 5)):
         business.order(account, amount)
-    bookkeeper.expect(re.compile(r" \[x\] Booked order \S+: 5 for alice"), timeout=1)
+    bookkeeper.expect(re.compile(r" \[x\] Booked order \S+: 5 for alice"), timeout=5)
     assert business.balances() == {"alice": 15, "bob": 20}
 
 
@@ -358,10 +362,13 @@ def test_a_message_that_comes_twice_is_booked_once(
 def test_a_message_that_comes_to_two_consumers_at_once_is_booked_once(
     business: Business, channel: BlockingChannel
 ) -> None:
-    """300 orders, each of them three times, to three consumers that start at the same time."""
+    """300 orders, each of them three times. RabbitMQ deals them out in turn to three consumers, so
+    each consumer gets a copy of each order at about the same time."""
+    bookkeepers = [business.book("--together", "3") for _ in range(3)]
+    for bookkeeper in bookkeepers:
+        bookkeeper.expect(WAITING)
     for i in range(300):
         send(channel, b'{"account": "alice", "amount": 1}', f"order-{i}", times=3)
-    bookkeepers = [business.book("--together", "3") for _ in range(3)]
     printed = re.compile(r" \[x\] (Booked o|O)rder order-.*")
 
     def lines() -> list[str]:
@@ -553,6 +560,28 @@ def test_two_consumers_that_look_first_book_an_order_twice(business: Business) -
 # --- What all scripts promise ---
 
 
+def test_the_scripts_of_this_stage_need_at_most_pika() -> None:
+    """Nothing of this project, and nothing else that would have to be installed."""
+    for name in (RELAY, BOOK, WRONG):
+        assert imported_by(name) - sys.stdlib_module_names == {"pika"}
+    for name in (ORDER, BALANCES):
+        assert imported_by(name) <= sys.stdlib_module_names
+
+
+def test_the_scripts_of_this_stage_explain_themselves(scripts: Scripts) -> None:
+    """--help needs no RabbitMQ. What a script does not know is a usage line and exit status 2."""
+    nobody = replaced(scripts.amqp_url, port=free_port())
+    for name in (ORDER, RELAY, BOOK, BALANCES, WRONG):
+        shown = scripts.run(name, "--help", amqp_url=nobody)
+        assert shown.out.seen[0].startswith(f"usage: {shown.path.name} ")
+        purpose = ast.get_docstring(ast.parse((ROOT / name).read_text()))
+        assert str(purpose) in " ".join(" ".join(shown.out.seen).split())
+    for name in (RELAY, BOOK):
+        for words in (["extra"], ["--together", "0"], ["--together", "x"], ["--crash", "now"]):
+            refused = scripts.run(name, *words, amqp_url=nobody, status=2)
+            assert refused.err.seen[-1].startswith(f"{refused.path.name}: error: ")
+
+
 def test_the_shared_lines_are_the_same_here() -> None:
     """book.py ends like every consumer, and wrong_ways.py like every producer. relay.py ends like a
     consumer, but for the lines that consume."""
@@ -688,7 +717,7 @@ def test_two_thousand_orders_under_fire(
                 break  # the order takers go on to the last order
     for taker in takers:
         taker.result()
-    business.expect_booked(60)
+    business.expect_booked()
     eventually(lambda: business.outbox() == [], "the outbox is empty")
     orders = business.orders()
     lines = [line for each in bookkeepers.everyone for line in each.out.seen]
