@@ -78,7 +78,7 @@ def read(properties, body):
     order = json.loads(body)
     order_id, account, amount = properties.message_id, order["account"], order["amount"]
     for text in (order_id, account):
-        if not re.fullmatch(r"[\w.-]{1,100}", text):
+        if type(text) is not str or not re.fullmatch(r"[\w.-]{1,100}", text):
             raise ValueError(f"{text!r} is not an id or an account")
     if type(amount) is not int or not 1 <= amount <= 1_000_000_000:
         raise ValueError(f"{amount!r} is not an amount")

@@ -571,15 +571,18 @@ def test_the_scripts_of_this_stage_need_at_most_pika() -> None:
 def test_the_scripts_of_this_stage_explain_themselves(scripts: Scripts) -> None:
     """--help needs no RabbitMQ. What a script does not know is a usage line and exit status 2."""
     nobody = replaced(scripts.amqp_url, port=free_port())
-    for name in (ORDER, RELAY, BOOK, BALANCES, WRONG):
-        shown = scripts.run(name, "--help", amqp_url=nobody)
+    start = partial(scripts.start, amqp_url=nobody)
+    strange = (["extra"], ["--together", "0"], ["--together", "x"], ["--crash", "now"])
+    all_shown = {name: start(name, "--help") for name in (ORDER, RELAY, BOOK, BALANCES, WRONG)}
+    all_refused = [start(name, *words) for name in (RELAY, BOOK) for words in strange]
+    for name, shown in all_shown.items():
+        assert shown.wait() == 0
         assert shown.out.seen[0].startswith(f"usage: {shown.path.name} ")
         purpose = ast.get_docstring(ast.parse((ROOT / name).read_text()))
         assert str(purpose) in " ".join(" ".join(shown.out.seen).split())
-    for name in (RELAY, BOOK):
-        for words in (["extra"], ["--together", "0"], ["--together", "x"], ["--crash", "now"]):
-            refused = scripts.run(name, *words, amqp_url=nobody, status=2)
-            assert refused.err.seen[-1].startswith(f"{refused.path.name}: error: ")
+    for refused in all_refused:
+        assert refused.wait() == 2
+        assert refused.err.seen[-1].startswith(f"{refused.path.name}: error: ")
 
 
 def test_the_shared_lines_are_the_same_here() -> None:
