@@ -54,7 +54,7 @@ def transaction(path):
 
 
 def crash_if(options, moment):
-    """End as after kill -9, if the option --crash says so: you can't wait for a real crash."""
+    """End as after kill -9, if the option --crash says so."""
     if options.crash == moment:
         os.kill(os.getpid(), signal.SIGKILL)
 
