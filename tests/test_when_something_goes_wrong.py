@@ -133,6 +133,13 @@ def acknowledged_too_late(s: Situation) -> None:
             s.broker.rabbitmqctl("eval", f"application:set_env(rabbit, {name}, {value}).")
 
 
+@causes("PRECONDITION_FAILED - user_id")
+def a_false_sender(s: Situation) -> None:
+    with s.channel() as channel:
+        channel.confirm_delivery()
+        channel.basic_publish("", "hello", b"", pika.BasicProperties(user_id="boss"))
+
+
 @causes("NOT_FOUND - no queue")
 def no_queue(s: Situation) -> None:
     with s.channel() as channel:
