@@ -49,8 +49,14 @@ def main():
     app[PUBLISHER].is_ready()  # connects now, not at the first request
     app.add_routes([web.post("/tasks", post_task), web.get("/health", get_health)])
     app.on_cleanup.append(close)
-    print(f" [*] Waiting at http://127.0.0.1:{options.port}/tasks. To exit press CTRL+C")
-    web.run_app(app, host="127.0.0.1", port=options.port, print=None, shutdown_timeout=5)
+    waiting = f" [*] Waiting at http://127.0.0.1:{options.port}/tasks. To exit press CTRL+C"
+    web.run_app(
+        app,
+        host="127.0.0.1",
+        port=options.port,
+        print=lambda _: print(waiting),  # aiohttp calls this when it has opened the port
+        shutdown_timeout=10,  # how many seconds requests may take when the server is stopped
+    )
 
 
 parser = argparse.ArgumentParser(description=__doc__)
