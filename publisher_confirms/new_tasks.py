@@ -122,7 +122,7 @@ class Publisher:
             body = self.lines[number]
             self.channel.basic_publish("", "task_queue", body, PERSISTENT, mandatory=True)
         if self.done and self.channel:
-            self.channel.connection.close()
+            self.on_end(self.channel, "All is confirmed")
 
     def on_confirm(self, frame):
         if not self.channel:
@@ -163,7 +163,7 @@ class Publisher:
             print(text, end=end, file=sys.stderr)  # the next one takes its place
         self.send()  # what was rejected
         self.silence = self.silence + 1 if self.sent or not self.channel else 0
-        if self.silence == 10:
+        if self.silence == 10 and NO_MEMORY not in self.reported:
             self.report("No answer from RabbitMQ for 10 seconds; still waiting")
         self.calm = self.calm + 1 if self.silence < 2 else 0
         if self.calm == 3:
