@@ -18,7 +18,7 @@ import pika
 from pika.adapters.select_connection import IOLoop
 from pika.exceptions import AMQPConnectionError, AMQPError
 
-PERSISTENT = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
+STORED = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
 TOO_LONG = 2**27  # RabbitMQ 3 accepts tasks of up to 128 MiB, and RabbitMQ 4 of up to 16 MiB
 NO_MEMORY = "RabbitMQ is short of memory or disk space, and takes no tasks until it has more"
 
@@ -38,17 +38,16 @@ class Publisher:
     """Sends the lines of a file as tasks, and keeps each line until RabbitMQ has confirmed it."""
 
     def __init__(self, file, window):
-        self.lines = {}  # by number: all lines that have been read, and are not confirmed
+        self.lines = {}  # by number: the lines that were sent, and are not confirmed
         self.sent = {}  # by delivery tag: the number of each line that waits for a confirm
         self.confirmed = 0  # how many lines are confirmed
-        self.again = set()  # the numbers of lines that had to be sent again
+        self.again = set()  # the numbers of lines whose confirms were perhaps lost
         self.file, self.window = file, window
-        self.places = threading.Semaphore(window)  # one for each line that may be unconfirmed
-        self.fresh = deque()  # lines on their way from the thread that reads to pika's thread
+        self.fresh = deque()  # the lines that come next: at most as many as the window has places
+        self.places = threading.Semaphore(2 * window)  # one for each line in `lines` and `fresh`
         self.done, self.read_error = False, None  # whether all is confirmed, and what went wrong
         self.ioloop = IOLoop()  # waits for RabbitMQ, and calls our methods when something happens
-        self.channel = None  # there is one while RabbitMQ accepts our connection and our queue
-        self.begin = None  # when the first one was opened
+        self.channel = self.begin = None  # what RabbitMQ has opened for us, and when it first did
         self.silence = self.calm = 0  # for how many seconds there was no answer, and no trouble
         self.reported = set()
 
@@ -86,13 +85,13 @@ class Publisher:
             while line := self.file.readline(TOO_LONG):
                 if len(line) == TOO_LONG:
                     raise ValueError("it has 128 MiB or more")
-                self.places.acquire()  # waits while the window is full
+                self.places.acquire()  # waits until there is one
                 self.fresh.append(line.removesuffix(b"\n").removesuffix(b"\r"))
                 if len(self.fresh) == 1:  # otherwise send() is going to be called already
                     self.ioloop.add_callback_threadsafe(self.send)
         except Exception as error:
             self.read_error = error
-        for _ in range(self.window):  # wait until all lines are confirmed
+        for _ in range(2 * self.window):  # wait until all lines are confirmed
             self.places.acquire()
         self.done = True
         self.ioloop.add_callback_threadsafe(self.send)
@@ -110,18 +109,20 @@ class Publisher:
     def on_ready(self, channel):
         self.channel, self.begin = channel, self.begin or time.monotonic()
         self.tags = count(1)  # RabbitMQ numbers the tasks on each channel, and so do we
-        self.send()
+        self.send(again=True)
 
-    def send(self):
-        """Send all lines that are not sent: new ones, lost ones, and those that were rejected."""
-        while self.fresh:
-            self.lines[self.confirmed + len(self.lines) + 1] = self.fresh.popleft()
-        unsent = self.lines.keys() - self.sent.values() if self.channel else ()
-        for number in sorted(unsent):
+    def send(self, again=False):
+        """Send new lines while the window has room, and maybe those that are not sent any more."""
+        if not self.channel:
+            return  # on_ready calls this again
+        unsent = sorted(self.lines.keys() - self.sent.values()) if again else []
+        while self.fresh and len(self.lines) < self.window:
+            unsent.append(self.confirmed + len(self.lines) + 1)
+            self.lines[unsent[-1]] = self.fresh.popleft()
+        for number in unsent:
             self.sent[next(self.tags)] = number
-            body = self.lines[number]
-            self.channel.basic_publish("", "task_queue", body, PERSISTENT, mandatory=True)
-        if self.done and self.channel:
+            self.channel.basic_publish("", "task_queue", self.lines[number], STORED, mandatory=True)
+        if self.done:
             self.on_end(self.channel, "All is confirmed")
 
     def on_confirm(self, frame):
@@ -138,6 +139,7 @@ class Publisher:
             del self.lines[number]
         self.confirmed += len(numbers)
         self.places.release(len(numbers))
+        self.send()
 
     def on_end(self, channel, reason):
         self.channel, self.error = None, self.error or reason
@@ -155,13 +157,13 @@ class Publisher:
         first = min(self.lines, default=self.confirmed + 1)
         return f"{self.confirmed} tasks are confirmed. Go on from line {first}"
 
-    def watch(self, end="\r"):
+    def watch(self, end="\r"):  # the next line of progress takes the place of this one
         self.ioloop.call_later(1, self.watch)
         if self.begin and os.isatty(2) and not self.file.isatty():
             rate = self.confirmed / (time.monotonic() - self.begin)
-            text = f" [.] {self.confirmed} confirmed, {rate:.0f} per second "
-            print(text, end=end, file=sys.stderr)  # the next one takes its place
-        self.send()  # what was rejected
+            line = f" [.] {self.confirmed} confirmed, {rate:.0f} per second "
+            print(line, end=end, file=sys.stderr)
+        self.send(again=True)  # what RabbitMQ has rejected
         self.silence = self.silence + 1 if self.sent or not self.channel else 0
         if self.silence == 10 and NO_MEMORY not in self.reported:
             self.report("No answer from RabbitMQ for 10 seconds; still waiting")
@@ -176,11 +178,10 @@ class Publisher:
         self.reported.add(text)
 
     def on_signal(self, number, frame):
-        """Say how far we are, and end by this signal, so that a loop of the shell ends, too."""
         signal.signal(number, signal.SIG_DFL)  # a second one ends the script at once
         if select.select([], [2], [], 0.2)[1]:  # otherwise nobody reads it: do not wait
             os.write(2, f" [!] Stopped. {self.how_far()}\n".encode())
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # so that a loop of the shell ends, too
         os._exit(128 + number)  # the first process of a container outlives such a signal
 
 

@@ -143,9 +143,10 @@ def test_a_line_that_has_no_end_is_one_line(
 def test_a_task_that_is_too_large_is_one_line(
     broker: Broker, scripts: Scripts, channel: BlockingChannel, tmp_path: Path
 ) -> None:
-    """RabbitMQ refuses it, from 16 MiB or from 128 MiB on. The line says where to go on."""
-    size = 127 if broker.version.startswith("3") else 17
-    (tmp_path / "tasks").write_bytes(b"small\n" + b"x" * size * 2**20 + b"\nsmall")
+    """RabbitMQ 4 refuses more than 16 MiB. The line says where to go on."""
+    if broker.version.startswith("3"):
+        pytest.skip("RabbitMQ 3 accepts every line that the script reads: up to 128 MiB")
+    (tmp_path / "tasks").write_bytes(b"small\n" + b"x" * 17 * 2**20 + b"\nsmall")
     line = one_line(scripts.start(NEW_TASKS, "--window", "1", str(tmp_path / "tasks")))
     assert "PRECONDITION_FAILED - message size" in line
     assert line.endswith("). 1 tasks are confirmed. Go on from line 2")
