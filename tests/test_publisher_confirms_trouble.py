@@ -13,7 +13,7 @@ from pathlib import Path
 import pika
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
-from pika.spec import Confirm, Connection
+from pika.spec import Channel, Confirm
 
 from tests.confirms import NEW_TASKS, SILENCE, Pipe, numbers, ready, send, sent, take_all
 from tests.proxy import ACK, Proxy
@@ -43,7 +43,7 @@ def test_a_silent_rabbitmq_is_reported(scripts: Scripts, tmp_path: Path) -> None
             if index == answer and not to_broker:
                 held.setdefault(index, time.monotonic())
                 may_answer.wait(60)
-            if index == Connection.CloseOk.INDEX:
+            if index == Channel.CloseOk.INDEX:
                 time.sleep(1.5)
             return True
 
