@@ -1,0 +1,382 @@
+"""Streams: a log that each reader can read from any place, and read again."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from datetime import datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+
+import pika
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.exceptions import ConnectionClosedByBroker
+
+from tests.proxy import ACK, PUBLISH, Proxy
+from tests.scripts import Crew, Script, Scripts, one_line
+from tools import ROOT, environment
+from tools.broker import Broker, Cluster, eventually, virtual_host_of
+
+EMIT = "streams/emit_log_stream.py"
+READ = "streams/read_logs.py"
+WAITING = " [*] Waiting for logs. To exit press CTRL+C"
+STREAM = {"x-queue-type": "stream"}
+LOST = re.compile(r" \[!\] .+; trying again every second")
+
+
+def emit(scripts: Scripts, *lines: str) -> None:
+    """Write these lines, each of them confirmed before the next one is sent."""
+    text = "".join(f"{line}\n" for line in lines)
+    command = [sys.executable, ROOT / EMIT, "-"]
+    env = environment(scripts.amqp_url)
+    ended = subprocess.run(command, env=env, input=text, capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert ended.stdout.splitlines() == [f" [x] Sent {line!r}" for line in lines]
+
+
+def read(scripts: Scripts, place: str | int = "first", *options: str) -> list[str]:
+    """Return what a reader prints that starts at this place and ends at the end of the stream."""
+    ended = scripts.run(READ, "--from", str(place), "--until-end", *options)
+    assert ended.err.seen == []
+    return ended.out.seen
+
+
+def reader(scripts: Scripts, *options: str, amqp_url: str | None = None) -> Script:
+    """Start a reader, and wait until it waits for lines."""
+    started = scripts.start(READ, *options, amqp_url=amqp_url)
+    started.expect_error(WAITING)
+    return started
+
+
+def shown(first: int, last: int) -> list[str]:
+    """Return what is printed for lines whose text is `line` and their offset."""
+    return [f" [x] {n}: line {n}" for n in range(first, last + 1)]
+
+
+def fill(channel: BlockingChannel, first: int, last: int, end: bytes = b"") -> None:
+    """Write such lines as fast as it goes."""
+    channel.queue_declare("log_stream", durable=True, arguments=STREAM)
+    for n in range(first, last + 1):
+        channel.basic_publish("", "log_stream", b"line %d" % n + end)
+    channel.queue_declare("log_stream", passive=True)
+
+
+def offset_of(line: str) -> int:
+    """Return the offset in a line that a reader has printed."""
+    found = re.match(r" \[x\] (\d+): ", line)
+    assert found, line
+    return int(found[1])
+
+
+# --- Where a reader starts ---
+
+
+def test_a_reader_starts_where_it_asks(scripts: Scripts) -> None:
+    """At the first line, at the last, at an offset, at a time, at what was written within some
+    time. It gets each line from there on, in order. With nothing there to read, it ends."""
+    assert read(scripts) == []
+    assert read(scripts, "last") == read(scripts, "1h") == read(scripts, 5) == []
+    emit(scripts, *(f"line {n}" for n in range(5)))
+    between = datetime.now().astimezone().replace(microsecond=0) + timedelta(seconds=1)
+    eventually(lambda: datetime.now().astimezone() > between, "the next second")
+    emit(scripts, *(f"line {n}" for n in range(5, 8)))
+    assert read(scripts, "first") == read(scripts, 0) == read(scripts, "1h") == shown(0, 7)
+    assert read(scripts, "last") == shown(7, 7)
+    assert read(scripts, 3) == shown(3, 7)
+    assert read(scripts, "next") == read(scripts, 8) == read(scripts, 100) == []
+    assert read(scripts, between.isoformat()) == shown(5, 7)
+    assert read(scripts, between.replace(tzinfo=None).isoformat()) == shown(5, 7)
+    assert read(scripts, (between + timedelta(days=1)).isoformat()) == []
+
+
+def test_next_is_what_is_written_from_then_on(scripts: Scripts) -> None:
+    """This is the default. A reader that starts at the first line gets the new ones, too."""
+    emit(scripts, "line 0", "line 1")
+    late = reader(scripts)
+    early = reader(scripts, "--from", "first")
+    emit(scripts, "line 2", "line 3")
+    late.expect(" [x] 3: line 3")
+    early.expect(" [x] 3: line 3")
+    assert late.out.seen == shown(2, 3)
+    assert early.out.seen == shown(0, 3)
+
+
+def test_until_end_means_what_was_there_at_the_start(scripts: Scripts) -> None:
+    """A reader ends also while lines are written without a pause, faster than it reads."""
+    emit(scripts, "line 0", "line 1", "line 2")
+    slow = scripts.start(READ, "--from", "first", "--until-end", "--pause", "0.5")
+    slow.expect(" [x] 0: line 0")
+    emit(scripts, "line 3", "line 4")
+    assert slow.wait() == 0
+    assert slow.out.seen == shown(0, 2)
+
+
+@pytest.mark.parametrize("place", ["0x", "-1", "1.5", "yesterday", "0001-01-01", str(2**63), ""])
+def test_a_place_that_is_none_is_refused(scripts: Scripts, place: str) -> None:
+    """The usage is shown, and the status is 2."""
+    refused = scripts.run(READ, f"--from={place}", status=2)
+    assert f"argument --from: invalid place value: {place!r}" in refused.err.seen[-1]
+
+
+def test_a_line_is_one_line(scripts: Scripts) -> None:
+    """Whatever is in it: control characters and bytes that are no text are escaped."""
+    scripts.run(EMIT, b"caf\xe9", "\x1b[31m", "a\nb", "你好")
+    scripts.run(EMIT)
+    assert read(scripts) == [
+        r" [x] 0: caf\udce9 \x1b[31m a\nb 你好",
+        " [x] 1: info: Hello World!",
+    ]
+
+
+# --- Readers do nothing to the stream, nor to each other ---
+
+
+def test_reading_takes_nothing_away(scripts: Scripts, channel: BlockingChannel) -> None:
+    """Ten readers at ten places each get what they ask for, and so does one that comes later. One
+    that is stopped in the middle holds up nobody."""
+    fill(channel, 0, 4999)
+    stuck = scripts.start(READ, "--from", "first", "--prefetch", "1", "--pause", "100")
+    stuck.expect(" [x] 0: line 0")
+    places = range(0, 5000, 500)
+    ten = [scripts.start(READ, "--from", str(place), "--until-end") for place in places]
+    for place, each in zip(places, ten, strict=True):
+        assert each.wait() == 0
+        assert each.out.seen == shown(place, 4999)
+    assert read(scripts) == shown(0, 4999)
+    assert stuck.out.seen == shown(0, 0)
+
+
+# --- Readers that are killed, cut off, or outlive RabbitMQ ---
+
+
+def test_a_reader_with_a_name_goes_on_where_it_was(
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """It goes on after the last line that it has printed, also after kill -9, as often as you like:
+    no line is skipped, and each kill repeats one line at most."""
+    rng = random.Random(18)
+    fill(channel, 0, 19999)
+    name = str(tmp_path / "anna")
+    printed: list[int] = []
+    repeated = 0
+    while not printed or printed[-1] < 19999:
+        script = scripts.start(READ, "--from", "first", "--name", name, "--until-end")
+        enough = rng.randrange(1, 4000)
+        script.out.wait_for(lambda lines, enough=enough: len(lines) >= enough, timeout=30)  # type: ignore[misc]
+        script.kill()
+        for offset in map(offset_of, script.out.seen):
+            assert offset in (len(printed), len(printed) - 1)
+            if offset == len(printed):
+                printed.append(offset)
+            else:
+                repeated += 1
+        assert len(script.out.seen) == len(set(script.out.seen))
+    assert repeated <= 20
+    assert printed == list(range(20000))
+    assert read(scripts, "first", "--name", name) == []
+    emit(scripts, "line 20000")
+    assert read(scripts, "first", "--name", name) == shown(20000, 20000)
+
+
+def test_a_name_that_has_read_nothing_yet_misses_nothing(scripts: Scripts, tmp_path: Path) -> None:
+    """A reader with a name that was at the end, and was killed there, gets what came meanwhile."""
+    emit(scripts, "line 0")
+    name = str(tmp_path / "anna")
+    reader(scripts, "--name", name).kill()
+    emit(scripts, "line 1")
+    assert read(scripts, "next", "--name", name) == shown(1, 1)
+
+
+def test_a_file_with_something_else_is_refused(scripts: Scripts, tmp_path: Path) -> None:
+    """It is not read as an offset, and stays as it is. A folder that is not there is one line."""
+    (tmp_path / "anna.offset").write_text("dear diary")
+    refused = scripts.run(READ, "--name", str(tmp_path / "anna"), status=2)
+    assert "argument --name: invalid" in refused.err.seen[-1]
+    assert (tmp_path / "anna.offset").read_text() == "dear diary"
+    line = one_line(scripts.start(READ, "--name", str(tmp_path / "no" / "anna")))
+    assert "No such file or directory" in line
+
+
+def test_a_reader_that_loses_its_connection_misses_nothing(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """Cut off in the middle of many lines, or before it has got any, it goes on at the next line:
+    none is missing, none comes twice."""
+    channel.queue_declare("log_stream", durable=True, arguments=STREAM)
+    with closing(Proxy(scripts.amqp_url)) as proxy:
+        started = reader(scripts, amqp_url=proxy.url)
+        for part in range(4):
+            proxy.cut()
+            fill(channel, part * 5000, part * 5000 + 4999)
+            enough = part * 5000 + 1000
+            assert started.out.wait_for(lambda lines, enough=enough: len(lines) > enough, 30)  # type: ignore[misc]
+        started.expect(" [x] 19999: line 19999")
+    assert started.out.seen == shown(0, 19999)
+    assert all(LOST.fullmatch(line) for line in started.err.seen if line != WAITING)
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_reader_outlives_rabbitmq(
+    own_broker: Broker, scripts: Scripts, tmp_path: Path, end: str
+) -> None:
+    """RabbitMQ ends and starts again: what was confirmed is there, and readers go on, with a name
+    and without, those that have read and those that have not."""
+    emit(scripts, *(f"line {n}" for n in range(100)))
+    name = str(tmp_path / "anna")
+    assert read(scripts, 0, "--name", name) == shown(0, 99)
+    readers = [reader(scripts, "--from", "first"), reader(scripts)]
+    readers[0].expect(" [x] 99: line 99")
+    own_broker.sync()
+    getattr(own_broker, end)()
+    own_broker.start()
+
+    def emitted() -> bool:  # for a moment, RabbitMQ 3.10 says that the stream is not there
+        return scripts.start(EMIT, "line 100").wait() == 0
+
+    eventually(emitted, "the stream is there", 30)
+    for each in readers:
+        each.expect(" [x] 100: line 100", timeout=30)
+    assert readers[0].out.seen == shown(0, 100)
+    assert readers[1].out.seen == shown(100, 100)
+    assert read(scripts, 0, "--name", name) == shown(100, 100)
+
+
+# --- Confirms and acknowledgements ---
+
+
+def test_a_line_counts_as_sent_when_it_is_confirmed(scripts: Scripts) -> None:
+    """While its confirm has not come, nothing is printed, and no other line is sent. If the
+    connection is lost then, this is an error."""
+    published = confirmed = 0
+
+    def watch(index: int, to_broker: bool) -> bool:
+        nonlocal published, confirmed
+        published += index == PUBLISH and to_broker
+        confirmed += index == ACK and not to_broker
+        return confirmed < 3
+
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        command = [sys.executable, ROOT / EMIT, "-"]
+        process = subprocess.Popen(
+            command,
+            env=environment(proxy.url),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin
+        process.stdin.write("one\ntwo\nthree\nfour\n")
+        process.stdin.flush()
+        eventually(lambda: confirmed == 3, "RabbitMQ has confirmed three lines")
+        proxy.cut()
+        out, err = process.communicate(timeout=15)
+    assert process.returncode == 1
+    assert out.splitlines() == [" [x] Sent 'one'", " [x] Sent 'two'"]
+    assert re.fullmatch(r" \[!\] .+\n", err)
+    assert published == 3
+
+
+def test_an_emitter_that_waits_for_input_keeps_its_connection(scripts: Scripts) -> None:
+    """pika sends heartbeats meanwhile; a line is sent when it comes."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / EMIT, "-"],
+        env=environment(f"{scripts.amqp_url}?heartbeat=1"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin
+    assert process.stdout
+    for line in ("one", "two"):
+        process.stdin.write(f"{line}\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == f" [x] Sent '{line}'\n"
+        if line == "one":
+            time.sleep(4)  # RabbitMQ gives up a connection after two heartbeats without a sign
+    process.stdin.close()
+    assert process.wait(15) == 0
+
+
+def test_acknowledgements_are_joint_and_none_waits_long(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """Many lines are acknowledged at once; a lone one within about a second, because RabbitMQ before
+    4.3 closes the channel of a consumer that leaves one unacknowledged for half an hour."""
+    acknowledged = 0
+
+    def watch(index: int, to_broker: bool) -> bool:
+        nonlocal acknowledged
+        acknowledged += index == ACK and to_broker
+        return True
+
+    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+        started = reader(scripts, amqp_url=proxy.url)
+        emit(scripts, "line 0")
+        eventually(lambda: acknowledged == 1, "the line is acknowledged", 5)
+        fill(channel, 1, 5000)
+        started.expect(" [x] 5000: line 5000")
+        assert acknowledged <= 1 + 10 + 5
+        assert started.err.seen == [WAITING]
+
+
+# --- Retention ---
+
+
+def test_retention_removes_the_oldest_lines_and_nothing_else(
+    broker: Broker, scripts: Scripts, amqp_url: str
+) -> None:
+    """What is left is the end of the stream, without a gap. A reader that asks for what is gone
+    starts at the first line that is there."""
+    path = f"policies/{virtual_host_of(amqp_url)}/small"
+    definition = {"max-length-bytes": 20_000, "stream-max-segment-size-bytes": 5_000}
+    broker.api("PUT", path, {"pattern": "^log_stream$", "definition": definition})
+    emit(scripts, *(f"line {n}" for n in range(600)))
+
+    def left() -> list[str]:
+        lines = read(scripts)
+        return lines if len(lines) < 600 else []
+
+    lines = eventually(left, "the first lines are removed")
+    first = offset_of(lines[0])
+    assert first > 0
+    assert lines == shown(first, 599)
+    assert read(scripts, 0) == lines
+    assert read(scripts, first + 10) == lines[10:]
+
+
+# --- What RabbitMQ refuses ---
+
+
+def test_a_reader_without_a_prefetch_limit_is_refused(scripts: Scripts) -> None:
+    """RabbitMQ says so, and the reader ends."""
+    line = one_line(scripts.start(READ, "--prefetch", "0"))
+    assert "PRECONDITION_FAILED - consumer prefetch count is not set" in line
+
+
+@pytest.mark.parametrize("how", ["automatic acknowledgement", "basic_get"])
+def test_what_a_stream_cannot_do_costs_the_connection(channel: BlockingChannel, how: str) -> None:
+    """Automatic acknowledgement and basic_get are not implemented for streams."""
+    channel.queue_declare("log_stream", durable=True, arguments=STREAM)
+    channel.basic_qos(prefetch_count=1)
+    with pytest.raises(ConnectionClosedByBroker) as error:
+        if how == "basic_get":
+            channel.basic_get("log_stream")
+        else:
+            channel.basic_consume("log_stream", print, auto_ack=True)  # type: ignore[arg-type]
+    assert error.value.reply_code == 540
+
+
+def test_a_queue_of_another_type_is_refused(scripts: Scripts, channel: BlockingChannel) -> None:
+    """A stream cannot have the name of a queue that exists."""
+    channel.queue_declare("log_stream", durable=True)
+    for script in (EMIT, READ):
+        line = one_line(scripts.start(script))
+        assert "PRECONDITION_FAILED - inequivalent arg 'x-queue-type'" in line
