@@ -24,8 +24,10 @@ def main(channel, options):
         options.start = int(os.pread(options.file, 20, 0))
     if options.start == "next":
         go_on_at(last_offset() + 1, options)  # a number is still right if we connect again
-    if options.until_end and options.end is None:
-        options.end = last_offset()
+    if options.until_end:
+        options.end = last_offset() if options.end is None else options.end
+        if options.end == -1 or (isinstance(options.start, int) and options.start > options.end):
+            os._exit(0)  # there is nothing to read
 
     # RabbitMQ sends this many lines before it waits for acknowledgements. A stream needs a limit.
     channel.basic_qos(prefetch_count=options.prefetch)
@@ -35,19 +37,17 @@ def main(channel, options):
         arguments={"x-stream-offset": options.start},
     )
     options.printed = []  # the delivery tags of the lines that we have not acknowledged
-    acknowledge_every_second(channel, options)
     if not options.until_end:
         print(" [*] Waiting for logs. To exit press CTRL+C", file=sys.stderr)
-    else:
-        # RabbitMQ answers this after it has sent the first lines. Are there any?
-        channel.queue_declare(queue="log_stream", passive=True)
-        channel.connection.process_data_events(time_limit=0)
-        if options.start not in range(options.end + 1):
-            os._exit(0)
+    elif not isinstance(options.start, int):
+        channel.connection.process_data_events(time_limit=2)  # until the first lines come
+        if not isinstance(options.start, int):
+            os._exit(0)  # no line is as young as that
+    acknowledge_every_second(channel, options)
 
 
 def on_line(channel, method, properties, body, options):
-    offset = properties.headers["x-stream-offset"]
+    offset = offset_of(properties)
     text = body.decode(errors="surrogateescape")
     if not text.isprintable():
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -65,6 +65,10 @@ def on_line(channel, method, properties, body, options):
     options.printed.append(method.delivery_tag)
     if len(options.printed) >= options.prefetch / 2:
         acknowledge(channel, options)
+
+
+def offset_of(properties):
+    return properties.headers["x-stream-offset"]
 
 
 def acknowledge(channel, options):
@@ -88,21 +92,20 @@ def go_on_at(offset, options):
 
 
 def last_offset():
-    """Return the offset of the last line that is there now, or -1 if the stream is empty."""
+    """Return the offset of the last line that is there now, or -1 if there is none."""
     offsets = [-1]
     connection = connect()
     channel = connection.channel()
     channel.basic_qos(prefetch_count=65535)
     channel.basic_consume(
         queue="log_stream",
-        on_message_callback=lambda _c, _m, properties, _b: offsets.append(
-            properties.headers["x-stream-offset"]
-        ),
-        arguments={"x-stream-offset": "last"},  # RabbitMQ sends the last lines, and then answers
+        on_message_callback=lambda *delivery: offsets.append(offset_of(delivery[2])),
+        arguments={"x-stream-offset": "last"},  # RabbitMQ sends the last line, or the last few
     )
-    channel.queue_declare(queue="log_stream", passive=True)
+    connection.process_data_events(time_limit=2)  # until they come; if none comes, there is none
+    channel.queue_declare(queue="log_stream", passive=True)  # now all of them have come
     connection.process_data_events(time_limit=0)
-    with suppress(AMQPError):  # RabbitMQ 3 does not let pika return what has come since then
+    with suppress(AMQPError):  # RabbitMQ 3 does not let pika give back what has come since then
         connection.close()
     return offsets[-1]
 
