@@ -22,19 +22,17 @@ def main():
         timer = start_timer()
 
         # A stream is a queue of another type, and it is always durable.
-        channel.queue_declare(
-            queue="log_stream", durable=True, arguments={"x-queue-type": "stream"}
-        )
+        channel.queue_declare("log_stream", durable=True, arguments={"x-queue-type": "stream"})
         channel.confirm_delivery()  # from now on, basic_publish waits until the line is stored
         timer.cancel()
 
-        for line in lines_of_input(connection) if message == ["-"] else [" ".join(message)]:
-            body = os.fsencode(line)
+        one_line = [os.fsencode(" ".join(message))]
+        for line in lines_of_input(connection) if message == ["-"] else one_line:
             timer = start_timer()
             channel.basic_publish(
                 exchange="",
                 routing_key="log_stream",
-                body=body,
+                body=line,
                 properties=pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent),
                 mandatory=True,  # it is an error if there is no stream any more
             )

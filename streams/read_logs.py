@@ -19,7 +19,7 @@ from pika.exceptions import AMQPConnectionError, AMQPError
 
 
 def main(channel, options):
-    channel.queue_declare(queue="log_stream", durable=True, arguments={"x-queue-type": "stream"})
+    channel.queue_declare("log_stream", durable=True, arguments={"x-queue-type": "stream"})
     if options.file is not None and os.path.getsize(options.file) > 0:
         options.start = int(os.pread(options.file, 20, 0))
     if options.start == "next":
@@ -103,7 +103,7 @@ def last_offset():
         arguments={"x-stream-offset": "last"},  # RabbitMQ sends the last line, or the last few
     )
     connection.process_data_events(time_limit=2)  # until they come; if none comes, there is none
-    channel.queue_declare(queue="log_stream", passive=True)  # now all of them have come
+    channel.queue_declare("log_stream", passive=True)  # now all of them have come
     connection.process_data_events(time_limit=0)
     with suppress(AMQPError):  # RabbitMQ 3 does not let pika give back what has come since then
         connection.close()
