@@ -27,7 +27,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from tests.proxy import ACK, Proxy
 from tests.scripts import SECRET, Crew, Script, Scripts, one_line, replaced
-from tests.test_all_scripts import plumbing_of
+from tests.test_all_scripts import parts_of
 from tools import ROOT, environment
 from tools.broker import Broker, eventually, free_port
 
@@ -588,13 +588,12 @@ def test_the_scripts_of_this_stage_explain_themselves(scripts: Scripts) -> None:
 def test_the_shared_lines_are_the_same_here() -> None:
     """book.py ends like every consumer, and wrong_ways.py like every producer. relay.py ends like a
     consumer, but for the lines that consume."""
-    consumer = plumbing_of("hello_world/receive.py")
-    assert plumbing_of(BOOK) == consumer
-    assert plumbing_of(WRONG) == plumbing_of("hello_world/send.py")
-    theirs, ours = (text.splitlines()[1:] for text in (consumer, (ROOT / RELAY).read_text()))
-    begin = ours.index("def connect():")
-    assert len([line for line in theirs if line not in ours[begin:]]) <= 5
-    assert len([line for line in ours[begin:] if line not in theirs]) <= 3
+    assert parts_of(BOOK) == parts_of("hello_world/receive.py")
+    assert parts_of(WRONG) == parts_of("hello_world/send.py")
+    texts = [(ROOT / name).read_text() for name in ("hello_world/receive.py", RELAY)]
+    theirs, ours = (text[text.index("def connect():") :].splitlines() for text in texts)
+    assert len([line for line in theirs if line not in ours]) <= 5
+    assert len([line for line in ours if line not in theirs]) <= 3
     texts = [(ROOT / name).read_text() for name in (ORDER, RELAY, BOOK, WRONG)]
     helpers = [re.search(r"@contextmanager\n.*?\n\n\n", text, re.DOTALL) for text in texts]
     assert len({helper[0] for helper in helpers if helper}) == 1
