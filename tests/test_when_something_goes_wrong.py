@@ -81,6 +81,18 @@ def no_broker(s: Situation) -> None:
     raise RuntimeError(started.err.all())
 
 
+@causes("No RabbitMQ accepts us")
+def two_addresses(s: Situation) -> None:
+    urls = ",".join(replaced(s.url, port=free_port()) for _ in range(2))
+    raise RuntimeError(s.scripts.run("hello_world/send.py", amqp_url=urls, status=1).err.all())
+
+
+@causes("AMQP_URL must look like")
+def an_empty_address(s: Situation) -> None:
+    url = f"{s.url},"
+    raise RuntimeError(s.scripts.run("hello_world/send.py", amqp_url=url, status=1).err.all())
+
+
 @causes("ACCESS_REFUSED - Login was refused")
 def wrong_password(s: Situation) -> None:
     s.connect(replaced(s.url, user="guest:wrong"))
@@ -158,6 +170,21 @@ def get_from_a_stream(s: Situation) -> None:
     with s.channel() as channel:
         channel.queue_declare("log", durable=True, arguments={"x-queue-type": "stream"})
         channel.basic_get("log")
+
+
+@causes("consumer prefetch count is not set")
+def stream_without_a_prefetch(s: Situation) -> None:
+    with s.channel() as channel:
+        channel.queue_declare("log", durable=True, arguments={"x-queue-type": "stream"})
+        channel.basic_consume("log", lambda *_: None)
+
+
+@causes("transient_nonexcl_queues")
+def neither_durable_nor_exclusive(s: Situation) -> None:
+    if s.broker.version.startswith("3."):
+        pytest.skip("RabbitMQ 3.10 accepts such queues")
+    with s.channel() as channel:
+        channel.queue_declare("old")
 
 
 def in_two_threads(s: Situation) -> str:
