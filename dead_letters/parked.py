@@ -67,8 +67,13 @@ def send_back(channel, method, properties, body):
 
 
 def give_up():
-    print(" [!] No confirm within 10 s: the task is still parked, maybe also sent", file=sys.stderr)
-    os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
+    try:
+        print(
+            " [!] No confirm within 10 s: the task is still parked, maybe also sent",
+            file=sys.stderr,
+        )
+    finally:
+        os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
 
 
 def as_new(properties):
@@ -82,11 +87,8 @@ def as_new(properties):
 # CC and BCC name more queues to send the task to. RabbitMQ 3.10 takes a task with an x-death header
 # for one that goes round in circles, and drops it.
 NOT_SENT_ON = {"CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count"}
-NOT_SENT_ON |= {
-    f"x-{which}-death-{what}"
-    for which in ("first", "last")
-    for what in ("queue", "reason", "exchange")
-}
+NOT_SENT_ON |= {"x-first-death-queue", "x-first-death-reason", "x-first-death-exchange"}
+NOT_SENT_ON |= {"x-last-death-queue", "x-last-death-reason", "x-last-death-exchange"}
 
 
 def as_list(header):
@@ -126,7 +128,7 @@ def connect():
     raise AMQPConnectionError(f"No RabbitMQ accepts us: {'; '.join(answers)}")
 
 
-URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika does not insist on a host
+URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika would take one without a host
 EXAMPLE = "amqp://user:password@host:5672/virtual_host"
 
 

@@ -104,7 +104,7 @@ def put_aside(options, channel, method, properties, body, error):
             )
             return
     print(f" [!] {text!r} failed ({count}), and RabbitMQ parks it: {reason}", file=sys.stderr)
-    channel.basic_reject(delivery_tag=method.delivery_tag, requeue=False)  # it is a dead letter
+    channel.basic_reject(delivery_tag=method.delivery_tag, requeue=False)  # to tasks.parked
 
 
 def as_new(properties):
@@ -118,11 +118,8 @@ def as_new(properties):
 # CC and BCC name more queues to send the task to. RabbitMQ 3.10 takes a task with an x-death header
 # for one that goes round in circles, and drops it.
 NOT_SENT_ON = {"CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count"}
-NOT_SENT_ON |= {
-    f"x-{which}-death-{what}"
-    for which in ("first", "last")
-    for what in ("queue", "reason", "exchange")
-}
+NOT_SENT_ON |= {"x-first-death-queue", "x-first-death-reason", "x-first-death-exchange"}
+NOT_SENT_ON |= {"x-last-death-queue", "x-last-death-reason", "x-last-death-exchange"}
 
 
 def as_list(header):
@@ -175,7 +172,7 @@ def connect():
     raise AMQPConnectionError(f"No RabbitMQ accepts us: {'; '.join(answers)}")
 
 
-URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika does not insist on a host
+URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika would take one without a host
 EXAMPLE = "amqp://user:password@host:5672/virtual_host"
 
 

@@ -192,7 +192,7 @@ parser.add_argument("--window", type=int, default=1000, help="how many may be un
 
 # --- From here on, the code is almost that of all producers: see the end of lesson 1. ---
 
-URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika does not insist on a host
+URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika would take one without a host
 EXAMPLE = "amqp://user:password@host:5672/virtual_host"
 
 

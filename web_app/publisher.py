@@ -246,5 +246,5 @@ def brokers(urls):
     return found
 
 
-URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika does not insist on a host
+URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika would take one without a host
 EXAMPLE = "amqp://user:password@host:5672/virtual_host"

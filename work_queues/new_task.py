@@ -34,12 +34,14 @@ def main():
             mandatory=True,  # it is an error if there is no queue any more
         )
         timer.cancel()
-    print(f" [x] Sent {task!r}")
+        print(f" [x] Sent {task!r}")
 
 
 def give_up():
-    print(" [!] No confirm within 10 s: nobody knows if the task is stored", file=sys.stderr)
-    os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
+    try:
+        print(" [!] No confirm within 10 s: nobody knows if the task is stored", file=sys.stderr)
+    finally:
+        os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
 
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -70,7 +72,7 @@ def connect():
     raise AMQPConnectionError(f"No RabbitMQ accepts us: {'; '.join(answers)}")
 
 
-URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika does not insist on a host
+URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika would take one without a host
 EXAMPLE = "amqp://user:password@host:5672/virtual_host"
 
 

@@ -66,14 +66,9 @@ def do_task(options, channel, method, properties, body):
     if options.auto_ack or options.forget_ack:
         return
     finished.append((options, channel, method, properties, body, failed))
-    connection = channel.connection
     with suppress(AMQPError):  # if the connection is lost, the task is in its queue again
-        # Only pika's thread may use the channel, so we ask it to call `answer`: at once if no task
-        # waits, or else in two milliseconds. Until then, we may have finished more tasks.
-        if tasks.empty():
-            connection.add_callback_threadsafe(answer)
-        elif len(finished) == 1:
-            connection.add_callback_threadsafe(partial(connection.call_later, 0.002, answer))
+        # Only pika's thread may use the channel. This asks it to call `answer`.
+        channel.connection.add_callback_threadsafe(answer)
 
 
 def work(text):
@@ -91,7 +86,7 @@ def answer():
             tags.append(method.delivery_tag)
     if tags and len(channel.consumer_tags) == 1:
         channel.basic_ack(delivery_tag=tags[-1], multiple=True)  # this task and all before it
-    else:  # put_back keeps one of those before it
+    else:  # an earlier task must stay unacknowledged: put_back has kept it
         for tag in tags:
             channel.basic_ack(delivery_tag=tag)
 
@@ -163,7 +158,7 @@ def connect():
     raise AMQPConnectionError(f"No RabbitMQ accepts us: {'; '.join(answers)}")
 
 
-URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika does not insist on a host
+URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika would take one without a host
 EXAMPLE = "amqp://user:password@host:5672/virtual_host"
 
 
