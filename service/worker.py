@@ -34,7 +34,7 @@ def main(channel, options):
     channel.basic_consume("tasks", lambda _channel, *task: tasks.append(task))
     log.info("waiting for tasks")
     health.ready = True
-    while not stopping.is_set():
+    while channel.consumer_tags:  # turn ends it when we are asked to stop
         turn(channel, tasks, seconds=0.2)
         if tasks:
             do_task(channel, tasks, *tasks.popleft())
