@@ -57,7 +57,8 @@ lint: .venv/has-lint
 	.venv/bin/ruff check .
 	.venv/bin/mypy .
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml cluster/docker-compose.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml cluster/docker-compose.yml service/docker-compose.yml
+	.venv/bin/kubernetes-validate --strict --quiet service/kubernetes.yml
 
 clean:
 	rm -rf .venv build .*_cache .hypothesis *.egg-info

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tools import ROOT, TIMEOUT, environment
-from tools.broker import Broker, Cluster, remains
+from tools.broker import Broker, Cluster, Service, remains
 from tools.lesson import README, LessonError, blocks, lessons, steps, without_docker
 from tools.player import NeedsDocker, Player, play
 
@@ -133,6 +133,8 @@ def name(document: Path) -> str:
 
 
 CLUSTER = ROOT / "cluster" / "README.md"
+SERVICE = ROOT / "service" / "README.md"
+SERVICE_IN_CONTAINERS = "In containers"  # the section that needs them
 each_document = pytest.mark.parametrize("document", [README, *lessons()], ids=name)
 
 
@@ -146,6 +148,9 @@ def test_what_the_terminals_show_is_what_happens(document: Path, broker: Broker)
     """Each console block of a document, played in real terminals, shows what the text shows."""
     story = steps(document)
     assert story
+    if document == SERVICE:
+        apart = steps(document, SERVICE_IN_CONTAINERS)
+        story = [step for step in story if step not in apart]
     try:
         play(story, broker, timeout=60)
     except NeedsDocker as error:
@@ -161,6 +166,17 @@ def test_what_the_terminals_show_is_what_happens_on_a_cluster() -> None:
     with closing(Cluster()) as cluster:
         play(steps(CLUSTER), cluster, timeout=60)
         assert not any(remains(cluster.settings["COMPOSE_PROJECT_NAME"]))
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("containers")
+def test_what_the_terminals_show_is_what_happens_in_containers() -> None:
+    """The part of lesson 11 that is about containers starts RabbitMQ and three workers, and removes
+    them with their data."""
+    with closing(Service()) as service:
+        play(steps(SERVICE, SERVICE_IN_CONTAINERS), service, timeout=60)
+        assert not any(remains(service.settings["COMPOSE_PROJECT_NAME"]))
 
 
 def test_the_addresses_of_the_cluster_are_those_of_its_nodes() -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from tools import ROOT, TIMEOUT, environment
-from tools.broker import Broker, Cluster, Container
+from tools.broker import Broker, Cluster, Container, Service
 from tools.lesson import ANYTHING, LessonError, Step, without_docker
 from tools.terminal import Terminal
 
@@ -146,11 +146,12 @@ def play(
     """Play steps on a broker, in a copy of the tutorial, as they may leave files in it.
 
     A broker that was started here is emptied for it. On any other one the steps have a virtual
-    host of their own. A cluster is started and removed by the steps. Raises LessonError.
+    host of their own. A cluster or a service is started and removed by the steps. Raises
+    LessonError.
     """
     with ExitStack() as stack:
         settings = {}
-        if isinstance(broker, Cluster):
+        if isinstance(broker, Cluster | Service):
             url = broker.amqp_url
         elif not broker.owned:
             url = stack.enter_context(broker.virtual_host(f"lesson-{os.getpid()}"))
@@ -158,18 +159,24 @@ def play(
             url = broker.amqp_url
             broker.api("DELETE", "vhosts/%2F")
             broker.api("PUT", "vhosts/%2F", {})
-        if isinstance(broker, Cluster | Container):
+        if isinstance(broker, Cluster | Container | Service):
             settings = broker.settings
         elif broker.owned:
             story = [replace(step, text=without_docker(step.text)) for step in story]
             # bash finds functions in its environment under such names
             rabbitmqctl = shlex.join(broker.rabbitmqctl_command)
-            settings = {"BASH_FUNC_rabbitmqctl%%": f'() {{ {rabbitmqctl} "$@"; }}'}
+            settings = {
+                "BASH_FUNC_rabbitmqctl%%": f'() {{ {rabbitmqctl} "$@"; }}',
+                "RABBITMQ_MANAGEMENT_PORT": broker.management_url.rpartition(":")[2],
+            }
         for step in story:
-            if step.text.startswith("$ docker ") and not isinstance(broker, Cluster | Container):
+            in_compose = isinstance(broker, Cluster | Container | Service)
+            if step.text.startswith("$ docker ") and not in_compose:
                 raise NeedsDocker(f"{step.fails('this needs Docker Compose')}")
-            if step.text.startswith("$ docker compose up") and not isinstance(broker, Cluster):
-                raise NeedsDocker(f"{step.fails('this starts a cluster')}")
+            if step.text.startswith("$ docker compose up") and isinstance(broker, Container):
+                raise NeedsDocker(f"{step.fails('this starts RabbitMQ itself')}")
+            if "/api/" in step.text and not broker.owned:
+                raise NeedsDocker(f"{step.fails('this needs a RabbitMQ that was started here')}")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tutorial"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.log"))
         player = stack.enter_context(Player(environment(url, **settings), folder, show, timeout))
