@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -17,25 +20,24 @@ from tests.test_service import EVENT
 from tools import ROOT
 from tools.broker import Service, eventually
 
-SECRETS = ROOT / "service" / "secrets"
-
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def service(containers: None) -> Iterator[Service]:  # noqa: ARG001
-    """RabbitMQ and three workers, with passwords of their own."""
-    if SECRETS.exists():
-        pytest.skip("service/secrets is there: it would be deleted")
-    subprocess.run([sys.executable, ROOT / "service/make_secrets.py"], check=True)
-    try:
-        with closing(Service()) as started:
-            started.compose("up", "-d", "--build", "--wait", "--scale", "worker=3")
-            yield started
-    finally:
-        for file in SECRETS.iterdir():
-            file.unlink()
-        SECRETS.rmdir()
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the folder of the lesson, with passwords of its own."""
+    copy = tmp_path_factory.mktemp("copy") / "service"
+    shutil.copytree(ROOT / "service", copy, ignore=shutil.ignore_patterns("secrets"))
+    subprocess.run([sys.executable, copy / "make_secrets.py"], check=True)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def service(containers: None, folder: Path) -> Iterator[Service]:  # noqa: ARG001
+    """RabbitMQ and three workers."""
+    with closing(Service(folder)) as started:
+        started.compose("up", "-d", "--build", "--wait", "--scale", "worker=3")
+        yield started
 
 
 def send(service: Service, *arguments: str) -> str:
@@ -56,12 +58,10 @@ def queue_sizes(service: Service) -> dict[str, str]:
     return dict(line.split() for line in table.splitlines())
 
 
-def inspected(service: Service, name: str) -> list[dict[str, object]]:
-    """Return what Docker tells about the containers of a service."""
-    ids = service.compose("ps", "-q", name).split()
-    found: list[dict[str, object]] = json.loads(
-        subprocess.check_output(["docker", "inspect", *ids])
-    )
+def inspected(service: Service, name: str) -> list[dict[str, Any]]:
+    """Return what Docker tells about the containers of a service, also of those that ended."""
+    ids = service.compose("ps", "-a", "-q", name).split()
+    found: list[dict[str, Any]] = json.loads(subprocess.check_output(["docker", "inspect", *ids]))
     return found
 
 
@@ -71,7 +71,7 @@ def test_a_rolling_restart_redelivers_nothing(service: Service) -> None:
     ids = [send(service, "--seconds", "2", f"task-{i}") for i in range(6)]
     eventually(lambda: events(service, "begins"), "a task begins")
     for container in inspected(service, "worker"):
-        subprocess.run(["docker", "restart", str(container["Id"])], check=True, capture_output=True)
+        subprocess.run(["docker", "restart", container["Id"]], check=True, capture_output=True)
     eventually(
         lambda: queue_sizes(service) == {"tasks": "0", "tasks.retry": "0", "tasks.parked": "0"},
         "all are done",
@@ -82,26 +82,16 @@ def test_a_rolling_restart_redelivers_nothing(service: Service) -> None:
     assert not events(service, "begins (redelivered)")
     assert events(service, "stopped")["-"] == 3
     service.compose("stop", "worker")
-    states = [container["State"] for container in inspected_all(service, "worker")]
-    assert [state["ExitCode"] for state in states] == [0, 0, 0]
+    statuses = [container["State"]["ExitCode"] for container in inspected(service, "worker")]
+    assert statuses == [0, 0, 0]
     service.compose("up", "-d", "--wait", "--no-recreate", "--scale", "worker=3", "worker")
 
 
-def inspected_all(service: Service, name: str) -> list[dict[str, dict[str, object]]]:
-    """Return what Docker tells about the containers of a service, also of those that ended."""
-    ids = service.compose("ps", "-a", "-q", name).split()
-    found: list[dict[str, dict[str, object]]] = json.loads(
-        subprocess.check_output(["docker", "inspect", *ids])
-    )
-    return found
-
-
-def test_no_root_and_no_password(service: Service) -> None:
+def test_no_root_and_no_password(service: Service, folder: Path) -> None:
     """The workers are not root and can write nowhere. No password is in the image, in what Docker
     tells about the containers, on a command line, in the environment or in a log."""
-    passwords = {
-        re.search(":([^:@]+)@", (SECRETS / n).read_text())[1] for n in ("worker", "producer")
-    }  # type: ignore[index]
+    texts = "".join((folder / "secrets" / name).read_text() for name in ("worker", "producer"))
+    passwords = re.findall(":([^:@/]+)@", texts)
     assert len(passwords) == 2
     shown = json.dumps(inspected(service, "worker") + inspected(service, "rabbitmq"))
     image = ["docker", "image", "inspect", "rabbitmq-service-worker"]
@@ -146,24 +136,27 @@ def test_each_figure_in_the_alerts_is_one_of_rabbitmqs(service: Service) -> None
     names = set(re.findall(r"\brabbitmq_\w+", rules))
     assert len(names) == 5
     paths = re.findall(r"^#   (/metrics.*)$", rules, re.MULTILINE)
-    text = "".join(requests.get(service.management_url + path, timeout=10).text for path in paths)
+
+    def figures() -> str:
+        urls = (service.management_url + path for path in paths)
+        return "".join(requests.get(url, timeout=10).text for url in urls)
+
+    three = re.compile(r'^rabbitmq_detailed_queue_consumers\{.*queue="tasks"\} 3$', re.MULTILINE)
+    eventually(lambda: three.search(figures()), "RabbitMQ knows the three workers")
+    text = figures()
     for name in names:
         assert re.search(rf"^{name}(\{{.*\}})? \d", text, re.MULTILINE), name
-    for queue in set(re.findall(r'queue="(.*?)"', rules)):
+    for queue in ("tasks", "tasks.parked"):
+        assert f'queue="{queue}"' in rules
         assert re.search(
             rf'^rabbitmq_detailed_queue_messages_ready\{{.*queue="{queue}"\}}', text, re.M
         )
-    assert re.search(r'^rabbitmq_detailed_queue_consumers\{.*queue="tasks"\} 3$', text, re.M)
 
 
 def test_nobody_else_gets_in(service: Service) -> None:
     """There is no user guest, and AMQP is not published."""
-    assert service.rabbitmqctl("-q", "list_users", "--no-table-headers").split() == [
-        *("producer", "[]"),
-        *("worker", "[]"),
-    ]
-    [container] = inspected_all(service, "rabbitmq")
-    ports = container["NetworkSettings"]["Ports"]
-    assert isinstance(ports, dict)
-    published = {port: to for port, to in ports.items() if to}
-    assert published.keys() == {"15692/tcp"}
+    users = service.rabbitmqctl("-q", "list_users", "--no-table-headers").splitlines()
+    assert sorted(users) == ["producer\t[]", "worker\t[]"]
+    [container] = inspected(service, "rabbitmq")
+    published = {port for port, to in container["NetworkSettings"]["Ports"].items() if to}
+    assert published == {"15692/tcp"}

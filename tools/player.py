@@ -178,6 +178,8 @@ def play(
             if "/api/" in step.text and not broker.owned:
                 raise NeedsDocker(f"{step.fails('this needs a RabbitMQ that was started here')}")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tutorial"
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.log"))
+        shutil.copytree(
+            ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.log", "secrets")
+        )
         player = stack.enter_context(Player(environment(url, **settings), folder, show, timeout))
         player.play(story)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
+from tools import ROOT
 from tools.broker.base import Broker, NoBroker, free_port
-from tools.broker.container import IMAGE, compose_command, container_problem
+from tools.broker.container import IMAGE, container_problem
 
 PYTHON_IMAGE = os.environ.get("PYTHON_IMAGE") or "python:3.13-slim"
 
@@ -14,13 +16,14 @@ PYTHON_IMAGE = os.environ.get("PYTHON_IMAGE") or "python:3.13-slim"
 class Service(Broker):
     """A Compose project of its own, which is removed at its end.
 
-    It is not running before the lesson starts it. Nobody can connect to it from outside.
+    It is not running before the lesson starts it. Nobody can connect to it from outside. Without
+    the passwords that service/make_secrets.py writes, in `folder`, it does not start.
     """
 
     owned = True
     kind = version = f"lesson 11 in containers of {IMAGE} and {PYTHON_IMAGE}"
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path = ROOT / "service") -> None:
         if problem := container_problem() or container_problem(PYTHON_IMAGE):
             raise NoBroker(problem)
         port = str(free_port())
@@ -33,7 +36,8 @@ class Service(Broker):
             "COMPOSE_ANSI": "never",
         }
         super().__init__("amqp://127.0.0.1", f"http://127.0.0.1:{port}")
-        self.command = compose_command(self.settings, "service/docker-compose.yml")
+        env = ["env", *(f"{name}={value}" for name, value in self.settings.items())]
+        self.command = [*env, "docker", "compose", "--project-directory", str(folder)]
         self.rabbitmqctl_command = [*self.command, "exec", "-T", "rabbitmq", "rabbitmqctl"]
 
     def compose(self, *arguments: str) -> str:
