@@ -69,9 +69,17 @@ def put(channel: BlockingChannel, task: str, seconds: float = 0, **more: Any) ->
 
 
 def put_body(channel: BlockingChannel, body: bytes, **properties: Any) -> None:
-    channel.confirm_delivery()
     properties = {"delivery_mode": 2} | properties
     channel.basic_publish("", "tasks", body, BasicProperties(**properties), mandatory=True)
+
+
+@contextmanager
+def connection_to(amqp_url: str) -> Iterator[BlockingChannel]:
+    """Give a channel for a moment: that of the test would not outlive a restart of RabbitMQ."""
+    with closing(pika.BlockingConnection(pika.URLParameters(amqp_url))) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        yield channel
 
 
 def taken_back(channel: BlockingChannel) -> dict[str, Any]:
@@ -176,6 +184,21 @@ def test_a_connection_that_breaks_during_the_stop_does_no_harm(
         assert taken_back(channel)["redelivered"]
 
 
+def test_a_worker_that_loses_its_connection_connects_again_while_its_work_goes_on(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """The task is delivered again, and the worker begins it when the first try has ended."""
+    with closing(Proxy(scripts.amqp_url)) as proxy:
+        doing = worker(scripts, amqp_url=proxy.url)
+        put(channel, "long", 1.5)
+        doing.expect_error(event("begins", "long"))
+        proxy.cut()
+        doing.expect_error(event("waiting for tasks"), count=2, timeout=1.4)
+        doing.expect_error(event("begins (redelivered)", "long"))
+        doing.expect_error(event("done", "long"))
+        assert size(channel, "tasks") == 0
+
+
 @pytest.mark.parametrize("busy", [True, False], ids=["with a task", "without a task"])
 def test_a_worker_can_be_stopped_while_rabbitmq_is_paused(
     scripts: Scripts, channel: BlockingChannel, busy: bool
@@ -236,6 +259,56 @@ def test_a_rolling_restart_redelivers_nothing(scripts: Scripts, channel: Blockin
     assert events(everyone, "begins") == events(everyone, "done") == once
     assert not events(everyone, "begins (redelivered)")
     assert size(channel, "tasks.parked") == size(channel, "tasks.retry") == 0
+
+
+@pytest.mark.endurance
+@pytest.mark.timeout(600)
+def test_thirty_rolling_restarts_and_two_of_rabbitmq(
+    own_broker: Broker, scripts: Scripts, amqp_url: str
+) -> None:
+    """300 tasks of 0.2 to 2 seconds, three workers, each replaced ten times while it works, and
+    RabbitMQ is restarted twice. Each task is done. It is done once, unless RabbitMQ was restarted
+    while a worker had it. None fails, and none is parked."""
+    tasks = {f"task-{i}": 0.2 + i % 19 / 10 for i in range(300)}
+    with connection_to(amqp_url) as channel:
+        for task, seconds in tasks.items():
+            put(channel, task, seconds)
+    own_broker.sync()
+    crew = [worker(scripts) for _ in range(3)]
+    everyone = list(crew)
+    away = []  # from when to when RabbitMQ was restarted
+    for i in range(30):
+        new = worker(scripts)
+        everyone.append(new)
+        old, crew[i % 3] = crew[i % 3], new
+        old.process.send_signal(signal.SIGTERM)
+        if i in (10, 20):
+            begin = time.monotonic()
+            own_broker.stop()
+            own_broker.start()
+            away.append((begin, time.monotonic()))
+        time.sleep(2)  # until the next one; all tasks together take them two minutes
+    with connection_to(amqp_url) as channel:
+        names = ("tasks", "tasks.retry", "tasks.parked")
+        eventually(lambda: not any(size(channel, name) for name in names), "all are taken", 180)
+    for old in crew:
+        old.process.send_signal(signal.SIGTERM)
+    assert [each.wait() for each in everyone] == [0] * len(everyone)
+
+    begun: dict[str, list[float]] = {}
+    for each in everyone:
+        for line, when in zip(each.err.seen, each.err.times, strict=True):
+            found = EVENT.fullmatch(line)
+            assert found
+            assert found[1] != "WARNING", "none fails"
+            if found[3].startswith("begins"):
+                begun.setdefault(found[2], []).append(when)
+    assert begun.keys() == events(everyone, "done").keys() == tasks.keys()
+    with connection_to(amqp_url) as channel:
+        assert [size(channel, name) for name in names] == [0, 0, 0]
+    for times in begun.values():
+        for once, again in pairwise(sorted(times)):
+            assert any(once < end and begin < again for begin, end in away)
 
 
 # --- Tasks as data, and tasks that fail ---
@@ -367,13 +440,6 @@ def test_each_event_is_one_line_with_time_level_and_message_id(
     assert r"\nTraceback (most recent call last):\n  File " in text
     assert r"in work\n    time.sleep" in text
     assert doing.out.seen == []
-
-
-@contextmanager
-def connection_to(amqp_url: str) -> Iterator[BlockingChannel]:
-    """Give a channel for a moment: that of the test would not outlive a restart of RabbitMQ."""
-    with closing(pika.BlockingConnection(pika.URLParameters(amqp_url))) as connection:
-        yield connection.channel()
 
 
 def ask(port: str, path: str) -> int:
