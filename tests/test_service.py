@@ -118,10 +118,10 @@ def test_a_worker_that_is_stopped_finishes_its_task_first(
         assert all(not each.get("x-delivery-count") for each in headers)
     put(channel, "fourth")
     assert doing.wait() == 0
-    texts = [EVENT.fullmatch(line)[3] for line in doing.err.seen]  # type: ignore[index]
+    texts = [re.sub(" in .* s", "", EVENT.fullmatch(line)[3]) for line in doing.err.seen]  # type: ignore[index]
     assert texts == [
         *("waiting for tasks", "begins", "stopping: no more tasks"),
-        *("done in 2.0 s", "stopped"),
+        *("done", "stopped"),
     ]
     assert not taken_back(channel)["redelivered"], "the fourth was never taken"
     assert size(channel, "tasks") == 0, "and the first was acknowledged"
@@ -193,9 +193,9 @@ def test_a_worker_that_loses_its_connection_connects_again_while_its_work_goes_o
         put(channel, "long", 1.5)
         doing.expect_error(event("begins", "long"))
         proxy.cut()
-        doing.expect_error(event("waiting for tasks"), count=2, timeout=1.4)
         doing.expect_error(event("begins (redelivered)", "long"))
         doing.expect_error(event("done", "long"))
+        assert doing.err.times[-1] - doing.err.times[1] >= 2 * 1.5 - 0.1, "both tries, in turn"
         assert size(channel, "tasks") == 0
 
 
@@ -500,11 +500,11 @@ def test_health_and_figures_are_true(own_broker: Broker, scripts: Scripts, amqp_
 
 
 def changed(folder: Path, old: str, new: str) -> Path:
-    """Write a copy of the worker in which pika's thread is found stuck after a second."""
+    """Write a copy of the worker in which pika's thread is found stuck after half a second."""
     text = (ROOT / WORKER).read_text(encoding="utf-8")
     assert text.count(old) == text.count("ALIVE = 60") == 1
     path = folder / "worker.py"
-    path.write_text(text.replace(old, new).replace("ALIVE = 60", "ALIVE = 1"), encoding="utf-8")
+    path.write_text(text.replace(old, new).replace("ALIVE = 60", "ALIVE = 0.5"), encoding="utf-8")
     return path
 
 
@@ -522,11 +522,10 @@ def test_a_long_task_is_alive_and_a_stuck_thread_of_pika_is_not(
         doing = worker(scripts, "--port", port, script=script)
         put(channel, "long", 2)
         doing.expect_error(event("begins", "long"))
-        assert ask(port, "livez") == 200
-        time.sleep(1.5)
+        time.sleep(1)
         assert ask(port, "livez") == answer
         doing.expect_error(event("done", "long"))
-        assert ask(port, "livez") == 200
+        eventually(lambda: ask(port, "livez") == 200, "it is alive again")  # noqa: B023
         doing.kill()
 
 
@@ -541,7 +540,7 @@ def test_a_worker_that_waits_for_a_confirm_is_alive(
         doing = worker(scripts, "--port", port, script=script, amqp_url=proxy.url)
         put(channel, "bad", -1)
         doing.expect_error(event("failed", "bad"))
-        time.sleep(2)
+        time.sleep(1)
         assert ask(port, "livez") == 200
 
 
