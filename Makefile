@@ -13,7 +13,7 @@ VENV_PYTHON = .venv/bin/python
 help:
 	@echo 'make demo      play a part of each lesson'
 	@echo 'make test      run the tests, four at a time'
-	@echo 'make test-cluster   run the tests of lesson 9, with three nodes in containers'
+	@echo 'make test-cluster   run the tests of lessons 9 and 12, which start containers of their own'
 	@echo 'make test-endurance    run the tests that kill scripts and RabbitMQ many times'
 	@echo 'make test-speed     run the tests that measure'
 	@echo 'make promises  list what the tests prove'
@@ -57,8 +57,12 @@ lint: .venv/has-lint
 	.venv/bin/ruff check .
 	.venv/bin/mypy .
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml cluster/docker-compose.yml service/docker-compose.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/lesson.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml */docker-compose.yml
 	.venv/bin/kubernetes-validate --strict --quiet service/kubernetes.yml
+	@if command -v shellcheck >/dev/null; then echo 'shellcheck .ci/run .ci/provision security/*.sh'; shellcheck .ci/run .ci/provision security/*.sh; \
+		else echo 'Not checked: .ci/run, .ci/provision and security/*.sh, because shellcheck is not installed'; fi
 
 clean:
 	rm -rf .venv build .*_cache .hypothesis *.egg-info

@@ -33,7 +33,7 @@ def main():
             sys.exit(" [!] There is no queue 'tasks': start a worker")
         finally:
             timer.cancel()
-    print(f" [x] Sent '{options.task}'")
+    print(f" [x] Sent {options.task!r}")
 
 
 def give_up():

@@ -11,54 +11,59 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C ends the script at once, as kill does
 
 import pika
-from pika.exceptions import AMQPConnectionError, AMQPError
+from pika.exceptions import AMQPConnectionError, AMQPError, UnroutableError
 
 
 def main():
     options = parser.parse_args()
     with connect() as connection:
         channel = connection.channel()
-        channel.confirm_delivery()
         # passive: do not make the queue, only ask how many tasks are in it.
-        parked = channel.queue_declare(queue="tasks.parked", passive=True)
-        for _ in range(parked.method.message_count):
+        count = channel.queue_declare(queue="tasks.parked", passive=True).method.message_count
+        sent = 0
+        for _ in range(count):
             method, properties, body = channel.basic_get(queue="tasks.parked")  # one task
             if method is None:
-                break  # somebody else has the rest
+                print(" [!] Somebody else has the rest", file=sys.stderr)
+                break
             show(properties.headers or {}, body)
-            if options.send_back:
-                send_back(channel, method, properties, body)
+            if options.send_back and send_back(channel, method, properties, body):
+                channel.basic_ack(delivery_tag=method.delivery_tag)
+                sent += 1
     # The connection is closed, so the tasks that we have not acknowledged are in their queue again.
+    if options.send_back and sent < count:
+        sys.exit(f" [!] {sent} of {count} tasks are sent back")
 
 
 def show(headers, body):
-    print(f" [x] '{body.decode(errors='backslashreplace')}'")
+    print(f" [x] {body.decode(errors='surrogateescape')!r}")
     for failure in as_list(headers.get("failures")):  # the workers have written this
-        print(f"     {failure}")
+        print(f"     {printable(str(failure))}")
     # RabbitMQ has written this. Its entries for 'tasks.retry' are only the pauses between tries.
     for death in as_list(headers.get("x-death")):
         if isinstance(death, dict) and death.get("queue") == "tasks":
             print(f"     {death.get('time')} RabbitMQ: {death.get('reason')}")
 
 
-def as_list(header):
-    """Return the header if it is a list, or else an empty list. Any sender can set any header."""
-    return header if isinstance(header, list) else []
-
-
 def send_back(channel, method, properties, body):
-    headers = (properties.headers or {}).items()
-    properties.headers = {name: value for name, value in headers if name not in NOTES}
-    properties.user_id = None  # RabbitMQ accepts no other user's name from us
+    """Send a task to 'tasks', as if it were new. Return whether RabbitMQ has stored it there."""
+    as_new(properties)
+    properties.headers.pop("failures", None)  # the workers count the tries from the beginning
     timer = threading.Timer(10, give_up)  # pika would wait for RabbitMQ without a limit
     timer.start()
-    channel.basic_publish(
-        exchange="", routing_key="tasks", body=body, properties=properties, mandatory=True
-    )
-    timer.cancel()
-    # Acknowledge last: if we crash before this, the task is in both queues, but not lost.
-    channel.basic_ack(delivery_tag=method.delivery_tag)
+    try:
+        with channel.connection.channel() as other:  # RabbitMQ closes it if it refuses the task
+            other.confirm_delivery()  # now basic_publish waits until the task is stored
+            other.basic_publish("", "tasks", body, properties, mandatory=True)
+    except Exception as refusal:
+        if channel.is_closed or isinstance(refusal, UnroutableError):
+            raise  # the connection is lost, or there is no queue 'tasks'
+        print(f" [!] It stays parked, because it cannot be sent: {refusal!r}", file=sys.stderr)
+        return False
+    finally:
+        timer.cancel()
     print("     sent back")
+    return True
 
 
 def give_up():
@@ -66,11 +71,32 @@ def give_up():
     os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
 
 
-# send_back removes these headers, which worker.py and RabbitMQ have added. So the worker counts the
-# tries from the beginning, and RabbitMQ 3.10 does not think that the task is in an endless loop.
-NOTES = {"failures", "x-death", "x-delivery-count", "x-acquired-count"}
-NOTES |= {"x-first-death-queue", "x-first-death-reason", "x-first-death-exchange"}
-NOTES |= {"x-last-death-queue", "x-last-death-reason", "x-last-death-exchange"}
+def as_new(properties):
+    """Remove what RabbitMQ would refuse, or do a second time, and what it has written."""
+    properties.user_id = None  # RabbitMQ accepts no other user's name from us
+    properties.expiration = None  # otherwise the task could expire in tasks.parked, and be lost
+    headers = (properties.headers or {}).items()
+    properties.headers = {name: value for name, value in headers if name not in NOT_SENT_ON}
+
+
+# CC and BCC name more queues to send the task to. RabbitMQ 3.10 takes a task with an x-death header
+# for one that goes round in circles, and drops it.
+NOT_SENT_ON = {"CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count"}
+NOT_SENT_ON |= {
+    f"x-{which}-death-{what}"
+    for which in ("first", "last")
+    for what in ("queue", "reason", "exchange")
+}
+
+
+def as_list(header):
+    """Return the header as a list. Any sender can set any header."""
+    return header if isinstance(header, list) else [] if header is None else [header]
+
+
+def printable(text):
+    """Return the text in one line: a line end is shown as \n, and so on."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 parser = argparse.ArgumentParser(description=__doc__)

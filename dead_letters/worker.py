@@ -3,12 +3,10 @@
 import argparse
 import os
 import re
-import queue
 import signal
 import sys
-import threading
 import time
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 
 if __name__ == "__main__":
@@ -16,17 +14,14 @@ if __name__ == "__main__":
         signal.signal(number, lambda *_: os._exit(0))
 
 import pika
-from pika.exceptions import AMQPConnectionError, AMQPError
+from pika.exceptions import AMQPConnectionError, AMQPError, UnroutableError
 
 
 def main(channel, options):
     declare_queues(channel)
     channel.basic_qos(prefetch_count=1)
-    channel.basic_consume(queue="tasks", on_message_callback=on_task)
-    channel.confirm_delivery()  # from now on, basic_publish waits until the task is stored
+    channel.basic_consume(queue="tasks", on_message_callback=partial(on_task, options))
     print(" [*] Waiting for tasks. To exit press CTRL+C")
-    if not worker.is_alive():  # start it once: it goes on working while we reconnect
-        worker.start()
 
 
 def declare_queues(channel):
@@ -42,54 +37,38 @@ def declare_queues(channel):
     channel.queue_declare(queue="tasks.retry", durable=True, arguments=arguments)
     # Here, tasks wait for a human. When parked.py shows them, they come back, and RabbitMQ counts
     # this. So the limit is so high that no task reaches it.
-    no_limit = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000}
-    channel.queue_declare(queue="tasks.parked", durable=True, arguments=no_limit)
+    arguments = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000} | NO_LOSS
+    channel.queue_declare(queue="tasks.parked", durable=True, arguments=arguments)
 
 
 def dead_letters_to(other_queue):
     """Return the settings of a queue that hands dead letters over to another queue."""
-    return {
+    return NO_LOSS | {
         "x-queue-type": "quorum",
         "x-dead-letter-exchange": "",  # the default exchange
         "x-dead-letter-routing-key": other_queue,
-        # RabbitMQ keeps a dead letter until the other queue has stored it.
+        # RabbitMQ keeps a dead letter until the other queue has stored it. This needs NO_LOSS.
         "x-dead-letter-strategy": "at-least-once",
-        "x-overflow": "reject-publish",  # at-least-once needs this
     }
 
 
-def on_task(channel, method, properties, body):
-    tasks.put((channel, method, properties, body))
+NO_LOSS = {"x-overflow": "reject-publish"}  # a full queue takes no more, instead of dropping tasks
 
 
-def do_tasks():
-    """Do one task after the other. This runs in a thread of its own, next to pika's."""
-    try:
-        while True:
-            do_task(*tasks.get())
-    except BaseException as error:  # the output is closed or full, for example
-        try:
-            print(f" [!] {error}", file=sys.stderr)
-        finally:  # standard error may be closed, too
-            os._exit(1)
-
-
-def do_task(channel, method, properties, body):
-    if channel.is_closed:
-        return  # RabbitMQ has put this task back into its queue, for another worker or for us
-    text = body.decode(errors="backslashreplace")
-    print(f" [x] Received '{text}'" + (" (redelivered)" if method.redelivered else ""))
-    try:
-        work(os.fsdecode(body))  # new_task.py has used os.fsencode
-    except BaseException as error:  # also SystemExit, which would end this thread
-        reason = f"{error!r:.200}"
-        answer = partial(put_aside, channel, method, properties, body, reason)
+def on_task(options, channel, method, properties, body):
+    text = body.decode(errors="surrogateescape")
+    print(f" [x] Received {text!r}" + (" (redelivered)" if method.redelivered else ""))
+    job = executor.submit(work, os.fsdecode(body))  # new_task.py has used os.fsencode
+    while wait([job], timeout=0.2).not_done:  # the work is done in another thread
+        channel.connection.process_data_events()  # and this one, pika's, sends heartbeats
+    if job.exception():
+        put_aside(options, channel, method, properties, body, job.exception())
     else:
         print(" [x] Done")
-        answer = partial(channel.basic_ack, delivery_tag=method.delivery_tag)
-    with suppress(AMQPError):  # if the connection is lost, the task is in its queue again
-        # Only pika's thread may use the channel. This asks it to make the call.
-        channel.connection.add_callback_threadsafe(answer)
+        channel.basic_ack(delivery_tag=method.delivery_tag)
+
+
+executor = ThreadPoolExecutor(max_workers=1)
 
 
 def work(text):
@@ -98,32 +77,62 @@ def work(text):
         print(f" [.] {len(file.read().split())} words")
 
 
-def put_aside(channel, method, properties, body, reason):
+def put_aside(options, channel, method, properties, body, error):
     """Send a failed task to 'tasks.retry', or after its last try to 'tasks.parked'."""
-    headers = properties.headers or {}
+    text = body.decode(errors="surrogateescape")
+    reason = printable(f"{type(error).__name__}: {error}"[:200])
+    failures = as_list((properties.headers or {}).get("failures"))
+    count = f"{len(failures) + 1} of {options.tries}"
     now = time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime())
-    failures = [*as_list(headers.get("failures")), f"{now} {reason}"]  # one for each failed try
-    properties.headers = headers | {"failures": failures}
-    properties.expiration = None  # otherwise it could expire in tasks.parked, and be lost
+    as_new(properties)
+    properties.headers["failures"] = [*failures, f"{now} {reason}"]  # one for each failed try
+    queues = ["tasks.retry", "tasks.parked"]
+    for queue in queues if len(failures) + 1 < options.tries else queues[1:]:
+        try:
+            with channel.connection.channel() as other:  # RabbitMQ closes it if it refuses the task
+                other.confirm_delivery()  # now basic_publish waits until the task is stored
+                other.basic_publish("", queue, body, properties, mandatory=True)
+        except Exception as refusal:
+            if channel.is_closed or isinstance(refusal, UnroutableError):
+                raise  # the connection is lost, or the queue is gone: begin again, and declare it
+            print(f" [!] {queue} does not take {text!r}: {refusal!r}", file=sys.stderr)
+        else:
+            # Acknowledge last: if we crash before this, the task is in both queues, but not lost.
+            channel.basic_ack(delivery_tag=method.delivery_tag)
+            print(
+                f" [!] {text!r} failed ({count}) and is in {queue} now: {reason}", file=sys.stderr
+            )
+            return
+    print(f" [!] {text!r} failed ({count}), and RabbitMQ parks it: {reason}", file=sys.stderr)
+    channel.basic_reject(delivery_tag=method.delivery_tag, requeue=False)  # it is a dead letter
+
+
+def as_new(properties):
+    """Remove what RabbitMQ would refuse, or do a second time, and what it has written."""
     properties.user_id = None  # RabbitMQ accepts no other user's name from us
-    where = "tasks.retry" if len(failures) < options.tries else "tasks.parked"
-    channel.basic_publish(
-        exchange="", routing_key=where, body=body, properties=properties, mandatory=True
-    )
-    # Acknowledge last: if we crash before this, the task is in both queues, but not lost.
-    channel.basic_ack(delivery_tag=method.delivery_tag)
-    text = body.decode(errors="backslashreplace")
-    count = f"{len(failures)} of {options.tries}"
-    print(f" [!] '{text}' failed ({count}) and is in {where} now: {reason}", file=sys.stderr)
+    properties.expiration = None  # otherwise the task could expire in tasks.parked, and be lost
+    headers = (properties.headers or {}).items()
+    properties.headers = {name: value for name, value in headers if name not in NOT_SENT_ON}
+
+
+# CC and BCC name more queues to send the task to. RabbitMQ 3.10 takes a task with an x-death header
+# for one that goes round in circles, and drops it.
+NOT_SENT_ON = {"CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count"}
+NOT_SENT_ON |= {
+    f"x-{which}-death-{what}"
+    for which in ("first", "last")
+    for what in ("queue", "reason", "exchange")
+}
 
 
 def as_list(header):
-    """Return the header if it is a list, or else an empty list. Any sender can set any header."""
-    return header if isinstance(header, list) else []
+    """Return the header as a list. Any sender can set any header."""
+    return header if isinstance(header, list) else [] if header is None else [header]
 
 
-tasks = queue.SimpleQueue()  # from pika's thread to the thread that does the work
-worker = threading.Thread(target=do_tasks, daemon=True)
+def printable(text):
+    """Return the text in one line: a line end is shown as \n, and so on."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def number_of_tries(text):
@@ -193,7 +202,7 @@ def run(options):
 
 
 # A wrong address, password, permission or virtual host; a queue that has other settings
-HOPELESS = "AMQP_URL|ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|PRECONDITION_FAILED"
+HOPELESS = "AMQP_URL|(ACCESS_REFUSED|NOT_ALLOWED|PRECONDITION_FAILED)(?!.* (reached|down))"
 
 if __name__ == "__main__":
     try:

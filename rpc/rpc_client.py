@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import deque
 from contextlib import suppress
 
 if __name__ == "__main__":
@@ -16,32 +17,34 @@ if __name__ == "__main__":
 import pika
 from pika.exceptions import AMQPConnectionError, AMQPError
 
-IN_FLIGHT = 100  # how many requests may wait for their answers at the same time
 
-
-class RpcError(AMQPError):
-    """The server answered with an error or with nonsense, or there is no queue 'rpc_queue'."""
+def main():
+    options = parser.parse_args()
+    if not 0 < options.timeout < 1_000_000:
+        parser.error("timeout must be more than 0 and less than 1000000 seconds")
+    with FibonacciRpcClient() as client:
+        for n in options.numbers:
+            print(f" [x] Requesting fib({n})")
+        for result in client.call_many(options.numbers, options.timeout):
+            print(f" [.] Got {result}")
 
 
 class FibonacciRpcClient:
     """A connection with one callback queue, which takes the answers to all calls.
 
-    Use it in a `with` statement and in one thread only. Its methods raise AMQPError when the
-    connection is lost. This also happens if you call no method for a few minutes: the client sends
-    no heartbeats then, so RabbitMQ closes the connection.
+    Use it in a `with` statement, and only in the thread and the process that made it. Its methods
+    raise AMQPError if the connection is lost, as it is if you call none of them for a few minutes.
     """
 
     def __init__(self):
         self.connection = connect()
-        self.connection.add_on_connection_blocked_callback(self.on_blocked)
-        self.connection.add_on_connection_unblocked_callback(self.on_unblocked)
-        self.blocked = False  # whether RabbitMQ, short of memory or disk, reads nothing from us
         self.channel = self.connection.channel()
-        self.channel.add_on_return_callback(self.on_return)
         self.callback_queue = self.channel.queue_declare(queue="", exclusive=True).method.queue
-        self.channel.basic_consume(
-            queue=self.callback_queue, on_message_callback=self.on_answer, auto_ack=True
-        )
+        self.channel.basic_consume(self.callback_queue, self.on_answer, auto_ack=True)
+        self.channel.add_on_return_callback(self.on_return)
+        self.connection.add_on_connection_blocked_callback(self.on_blocked)
+        self.connection.add_on_connection_unblocked_callback(self.on_blocked)
+        self.blocked = False
 
     def call(self, n, timeout=10):
         """Return the n-th Fibonacci number. See call_many for the timeout and the errors."""
@@ -50,32 +53,28 @@ class FibonacciRpcClient:
     def call_many(self, numbers, timeout=10):
         """Return the Fibonacci numbers of all these numbers, in the same order.
 
-        The timeout, in seconds, is for the whole call. Raises TimeoutError when this time is over,
-        and RpcError if an answer is an error or nonsense.
+        Raises TimeoutError after so many seconds, and RpcError if an answer is no number.
         """
-        if not 0 < timeout < 2**32 / 1000:  # an expiration has 32 bits, in ms
-            raise ValueError("timeout must be more than 0 and less than 4294967 seconds")
         deadline = time.monotonic() + timeout
-        requests = [(str(uuid.uuid4()), n) for n in numbers]  # each with its correlation id
-        self.answers = {}  # by correlation id
-        self.waiting = set()  # the correlation ids of the requests without an answer
-        sent = 0
-        while len(self.answers) < len(requests):
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
+        unsent = deque(numbers)
+        self.waiting = {}  # what we have asked for and do not have yet, by correlation id
+        self.answers = {}  # by correlation id, in the order of the requests
+        while unsent or self.waiting:
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
                 raise TimeoutError(f"No answer within {timeout:g} s")
-            if sent < len(requests) and len(self.waiting) < IN_FLIGHT and not self.blocked:
-                correlation_id, n = requests[sent]
-                self.send(correlation_id, n, remaining)
-                sent += 1
+            if unsent and len(self.waiting) < IN_FLIGHT and not self.blocked:
+                self.send(unsent.popleft(), seconds)
             else:
-                self.connection.process_data_events(remaining)  # calls on_answer, if one comes
+                self.connection.process_data_events(seconds)  # calls on_answer if one comes
             if self.channel.is_closed:
-                raise AMQPConnectionError("RabbitMQ refused a request, and closed the channel")
-        return [self.result(n, *self.answers[correlation_id]) for correlation_id, n in requests]
+                raise self.channel._closing_reason  # why; pika has no public name for it
+        return list(self.answers.values())
 
-    def send(self, correlation_id, n, seconds):
-        self.waiting.add(correlation_id)
+    def send(self, n, seconds):
+        correlation_id = str(uuid.uuid4())
+        self.waiting[correlation_id] = n
+        self.answers[correlation_id] = None  # this keeps its place
         self.channel.basic_publish(
             exchange="",
             routing_key="rpc_queue",
@@ -84,40 +83,32 @@ class FibonacciRpcClient:
                 reply_to=self.callback_queue,
                 correlation_id=correlation_id,
                 expiration=str(int(seconds * 1000)),  # after this time, RabbitMQ drops it
-                content_type="text/plain",
             ),
             mandatory=True,  # if there is no queue, the request comes back to on_return
         )
 
     def on_answer(self, channel, method, properties, body):
-        # Ignore an answer that is late, and a second answer to the same request.
-        if properties.correlation_id in self.waiting:
-            self.waiting.remove(properties.correlation_id)
-            self.answers[properties.correlation_id] = properties.type, body
+        if properties.correlation_id not in self.waiting:
+            return  # this answer is late, or it is the second one to the same request
+        n = self.waiting.pop(properties.correlation_id)
+        if properties.type == "error" or not re.fullmatch(rb"\d{1,100}", body):
+            text = body[:100].decode(errors="surrogateescape")
+            raise RpcError(f"fib({n}): the server says {text!r}")
+        self.answers[properties.correlation_id] = int(body)
 
     def on_return(self, channel, method, properties, body):
-        properties.type = "error"  # treat the returned request as an answer, with an error
-        self.on_answer(
-            channel, method, properties, b"there is no queue 'rpc_queue': start a server"
-        )
+        if properties.correlation_id in self.waiting:
+            raise RpcError("There is no queue 'rpc_queue': start a server")
 
     def on_blocked(self, connection, frame):
-        self.blocked = True
-
-    def on_unblocked(self, connection, frame):
-        self.blocked = False
-
-    def result(self, n, kind, body):
-        """Return the number in an answer. Raises RpcError."""
-        if kind == "error" or not re.fullmatch(rb"\d{1,100}", body):
-            raise RpcError(f"fib({n}): {body[:100].decode(errors='backslashreplace')}")
-        return int(body)
+        # RabbitMQ, short of memory or disk space, stops reading from us, or goes on.
+        self.blocked = isinstance(frame.method, pika.spec.Connection.Blocked)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        # close() waits for an answer. If RabbitMQ reads nothing from us, that could take forever.
+        # close() waits for RabbitMQ, perhaps forever. So wait for close(), but only for a second.
         closing = threading.Thread(target=self.close, daemon=True)
         closing.start()
         closing.join(timeout=1)
@@ -127,21 +118,15 @@ class FibonacciRpcClient:
             self.connection.close()
 
 
+class RpcError(AMQPError):
+    """An answer is an error or no number, or there is no queue for the requests."""
+
+
+IN_FLIGHT = 100  # how many requests may wait for their answers at the same time
+
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--timeout", type=float, default=10, metavar="SECONDS")
 parser.add_argument("numbers", type=int, nargs="*", default=[30], metavar="N")
-
-
-def main():
-    options = parser.parse_args()
-    with FibonacciRpcClient() as client:
-        for n in options.numbers:
-            print(f" [x] Requesting fib({n})")
-        try:
-            for result in client.call_many(options.numbers, options.timeout):
-                print(f" [.] Got {result}")
-        except ValueError as error:
-            parser.error(str(error))
 
 
 # --- From here on, all producers have the same code: see the end of lesson 1 (hello_world). ---

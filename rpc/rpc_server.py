@@ -23,18 +23,21 @@ def main(channel, options):
 
 
 def on_request(channel, method, properties, body):
+    # If RabbitMQ refuses our answer, it closes the channel, and the request comes again. The second
+    # answer gets a channel of its own, so that this one can acknowledge the request in any case.
+    answers = channel.connection.channel() if method.redelivered else channel
     if properties.reply_to:  # without it, nobody waits for an answer
         kind, text = answer(body)
-        channel.basic_publish(
+        answers.basic_publish(
             exchange="",
             routing_key=properties.reply_to,
             body=text.encode(),
-            properties=pika.BasicProperties(
-                correlation_id=properties.correlation_id, type=kind, content_type="text/plain"
-            ),
+            properties=pika.BasicProperties(correlation_id=properties.correlation_id, type=kind),
         )
     # Acknowledge last: if this server crashes before this, another one gets the request.
     channel.basic_ack(delivery_tag=method.delivery_tag)
+    if method.redelivered and answers.is_open:
+        answers.close()
 
 
 def answer(body):
@@ -52,8 +55,8 @@ def answer(body):
 def fib(n):
     """Return the n-th Fibonacci number, slowly on purpose: it stands for expensive work.
 
-    fib(40) takes ten seconds or more. Work that takes minutes needs a second thread, as in
-    worker.py of lesson 2.
+    fib(40) takes ten seconds or more. Work that takes minutes belongs in another thread, as in
+    worker.py of lesson 2: meanwhile, pika's thread sends heartbeats.
     """
     return n if n < 2 else fib(n - 1) + fib(n - 2)
 
@@ -111,7 +114,7 @@ def run(options):
 
 
 # A wrong address, password, permission or virtual host; a queue that has other settings
-HOPELESS = "AMQP_URL|ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|PRECONDITION_FAILED"
+HOPELESS = "AMQP_URL|(ACCESS_REFUSED|NOT_ALLOWED|PRECONDITION_FAILED)(?!.* (reached|down))"
 
 if __name__ == "__main__":
     try:

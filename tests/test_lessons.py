@@ -13,11 +13,18 @@ from pathlib import Path
 import pytest
 
 from tools import ROOT, TIMEOUT, environment
-from tools.broker import Broker, Cluster, Service, remains
+from tools.broker import Broker, Cluster, Secure, Service, remains
 from tools.lesson import README, LessonError, blocks, lessons, steps, without_docker
 from tools.player import NeedsDocker, Player, play
 
-LANGUAGES = ("console", "python", "yaml", "mermaid", "text")  # played, looked up, drawn, not read
+LANGUAGES = (
+    "console",
+    "python",
+    "yaml",
+    "bash",
+    "mermaid",
+    "text",
+)  # played, looked up, drawn, not read
 
 GOOD = """\
 # A lesson
@@ -133,8 +140,11 @@ def name(document: Path) -> str:
 
 
 CLUSTER = ROOT / "cluster" / "README.md"
+SECURITY = ROOT / "security" / "README.md"
+PROJECTS: dict[Path, type[Cluster | Secure]] = {CLUSTER: Cluster, SECURITY: Secure}
 SERVICE = ROOT / "service" / "README.md"
 SERVICE_IN_CONTAINERS = "In containers"  # the section that needs them
+each_lesson = pytest.mark.parametrize("document", lessons(), ids=name)
 each_document = pytest.mark.parametrize("document", [README, *lessons()], ids=name)
 
 
@@ -143,7 +153,9 @@ def test_each_lesson_is_in_the_readme() -> None:
     assert sorted(lessons()) == sorted(ROOT.glob("[a-z]*/README.md"))
 
 
-@pytest.mark.parametrize("document", [d for d in [README, *lessons()] if d != CLUSTER], ids=name)
+@pytest.mark.parametrize(
+    "document", [d for d in [README, *lessons()] if d not in PROJECTS], ids=name
+)
 def test_what_the_terminals_show_is_what_happens(document: Path, broker: Broker) -> None:
     """Each console block of a document, played in real terminals, shows what the text shows."""
     story = steps(document)
@@ -160,23 +172,24 @@ def test_what_the_terminals_show_is_what_happens(document: Path, broker: Broker)
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("containers")
-def test_what_the_terminals_show_is_what_happens_on_a_cluster() -> None:
-    """Lesson 9 is played from its first command, which starts three nodes, to its last one, which
-    removes them with their data."""
-    with closing(Cluster()) as cluster:
-        play(steps(CLUSTER), cluster, timeout=60)
-        assert not any(remains(cluster.settings["COMPOSE_PROJECT_NAME"]))
+@pytest.mark.parametrize("document", PROJECTS, ids=name)
+def test_a_lesson_starts_and_removes_its_own_rabbitmq(document: Path) -> None:
+    """Lessons 9 and 12 are played from their first command to their last one, which removes the
+    containers with their data."""
+    with closing(PROJECTS[document]()) as broker:
+        play(steps(document), broker, timeout=60)
+        assert not any(remains(broker.settings["COMPOSE_PROJECT_NAME"]))
 
 
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("containers")
-def test_what_the_terminals_show_is_what_happens_in_containers() -> None:
+def test_a_section_starts_and_removes_its_own_rabbitmq() -> None:
     """The part of lesson 11 that is about containers starts RabbitMQ and three workers, and removes
     them with their data."""
-    with closing(Service()) as service:
-        play(steps(SERVICE, SERVICE_IN_CONTAINERS), service, timeout=60)
-        assert not any(remains(service.settings["COMPOSE_PROJECT_NAME"]))
+    with closing(Service()) as broker:
+        play(steps(SERVICE, SERVICE_IN_CONTAINERS), broker, timeout=60)
+        assert not any(remains(broker.settings["COMPOSE_PROJECT_NAME"]))
 
 
 def test_the_addresses_of_the_cluster_are_those_of_its_nodes() -> None:
@@ -188,16 +201,18 @@ def test_the_addresses_of_the_cluster_are_those_of_its_nodes() -> None:
     assert f"\n{line}\n" in CLUSTER.read_text()
 
 
-@each_document
+@each_lesson
 def test_what_the_excerpts_show_is_in_the_scripts(document: Path) -> None:
-    """Each block of Python or YAML stands, line for line, in a file of its folder."""
+    """Each block of Python, YAML or bash stands, line for line, in a file of its folder."""
     folder = document.parent
-    files = [*folder.glob("*.py"), *folder.glob("*/*.py"), *folder.glob("*.yml")]
+    patterns = ("*.py", "*/*.py", "*.yml", "*.sh")
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
     scripts = [path.read_text() for path in files]
-    for block in blocks(document):
-        if block.language in ("python", "yaml"):
-            assert block.source.strip()
-            assert any(has_excerpt(script, block.source) for script in scripts), block
+    excerpts = [block for block in blocks(document) if block.language in ("python", "yaml", "bash")]
+    assert excerpts
+    for block in excerpts:
+        assert block.source.strip()
+        assert any(has_excerpt(script, block.source) for script in scripts), block
 
 
 @each_document
@@ -224,10 +239,11 @@ def test_each_link_leads_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
-@pytest.mark.parametrize("document", lessons(), ids=name)
+@each_lesson
 def test_the_demo_plays_a_part_of_each_lesson(document: Path) -> None:
-    """Each lesson has a section for the demo. It needs no Docker, but for that of the cluster."""
+    """Each lesson has a section for the demo. It needs no Docker, but for those that
+    start a RabbitMQ of their own."""
     story = steps(document, "Run it")
     assert story
     docker = any("docker" in step.text for step in story)
-    assert docker == (document == CLUSTER)
+    assert docker == (document in PROJECTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import threading
 import time
@@ -38,6 +39,21 @@ def worker(
     started = scripts.start(script, *options, amqp_url=amqp_url)
     started.expect(WAITING)
     return started
+
+
+WORK = """\
+    for _dot in range(text.count(".")):
+        time.sleep(1)
+"""
+
+
+def worker_that(work: str, folder: Path) -> Path:
+    """Write a copy of the worker with another line of work, and return its path."""
+    text = (ROOT / "work_queues/worker.py").read_text(encoding="utf-8")
+    assert text.count(WORK) == 1
+    path = folder / "worker.py"
+    path.write_text(text.replace(WORK, f"    {work}\n"), encoding="utf-8")
+    return path
 
 
 def put(channel: BlockingChannel, *tasks: str) -> None:
@@ -455,7 +471,7 @@ def test_a_task_that_is_no_text_is_done_like_any_other(
     doing = worker(scripts)
     scripts.run("work_queues/new_task.py", b"\xff\xfe.")
     doing.expect(DONE)
-    assert doing.out.seen == [WAITING, received(r"\xff\xfe."), DONE]
+    assert doing.out.seen == [WAITING, received(r"\udcff\udcfe."), DONE]
     put(channel, "next")
     doing.expect(received("next"))
 
@@ -466,11 +482,7 @@ def test_a_task_that_fails_neither_ends_its_worker_nor_is_lost(
 ) -> None:
     """Work that raises is one line on standard error. The tasks behind it are done, and the task
     is tried again, about once a second, with the properties that it had."""
-    source = (ROOT / "work_queues/worker.py").read_text()
-    assert source.count('time.sleep(text.count("."))') == 1
-    copy = tmp_path / "worker.py"
-    fail = f"if text == 'two':\n        raise {failure}"
-    copy.write_text(source.replace('time.sleep(text.count("."))', fail))
+    copy = worker_that(f"if text == 'two':\n        raise {failure}", tmp_path)
     failing = worker(scripts, script=copy)
     properties = pika.BasicProperties(delivery_mode=2, message_id="its id", headers={"a": 1})
     channel.basic_publish("", "task_queue", b"two", properties)
@@ -493,10 +505,7 @@ def test_a_failed_task_may_name_its_sender(
 ) -> None:
     """RabbitMQ checks that a message names the user who sends it. The worker is not that user, and
     sends a failed task to the end of the queue all the same."""
-    source = (ROOT / "work_queues/worker.py").read_text()
-    copy = tmp_path / "worker.py"
-    copy.write_text(source.replace('time.sleep(text.count("."))', "int(text)"))
-    failing = worker(scripts, script=copy)
+    failing = worker(scripts, script=worker_that("int(text)", tmp_path))
     with (
         another_user(broker, scripts.amqp_url, "sender", write=".*") as url,
         closing(pika.BlockingConnection(pika.URLParameters(url))) as connection,
@@ -507,6 +516,80 @@ def test_a_failed_task_may_name_its_sender(
     failing.stop()
     assert all("'two' failed" in line for line in failing.err.seen)
     eventually(lambda: ready(channel) == 1, "the task is in its queue, once")
+
+
+def test_a_failed_task_is_sent_to_its_queue_alone(
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """A CC header names more queues, which got a copy when the task was sent. They get no second
+    one, and the task does not expire at its second try."""
+    channel.queue_declare("audit", durable=True)
+    failing = worker(scripts, script=worker_that("int(text)", tmp_path))
+    order = pika.BasicProperties(headers={"CC": ["audit"], "a": 1}, expiration="60000")
+    channel.basic_publish("", "task_queue", b"two", order)
+    failing.expect(received("two"), count=3)
+    failing.stop()
+    assert channel.queue_declare("audit", passive=True).method.message_count == 1
+    eventually(lambda: ready(channel) == 1, "the task is in its queue, once")
+    _method, kept, _body = channel.basic_get("task_queue", auto_ack=True)
+    assert kept
+    assert (kept.headers, kept.expiration) == ({"a": 1}, None)
+
+
+class LargeNumber(pika.BasicProperties):
+    """Properties with a header that other clients can send: pika reads it, but cannot write it."""
+
+    def encode(self) -> list[bytes]:
+        """Return the bytes: pika writes an integer, and this makes it a float, 1e300."""
+        pieces: list[bytes] = super().encode()  # type: ignore[no-untyped-call]
+        integer, number = struct.pack(">q", 2**62), struct.pack(">d", 1e300)
+        return [b"".join(pieces).replace(b"\x04sizel" + integer, b"\x04sized" + number)]
+
+
+@pytest.mark.parametrize("why", ["full queue", "no permission", "strange header"])
+def test_a_failed_task_that_is_not_taken_back_holds_up_no_other(
+    broker: Broker, scripts: Scripts, channel: BlockingChannel, tmp_path: Path, why: str
+) -> None:
+    """The worker says so, keeps the task unacknowledged, and does the others. When the worker ends,
+    the task is in its queue."""
+    strange = LargeNumber(headers={"size": 2**62})  # type: ignore[no-untyped-call]
+    channel.queue_declare("task_queue", durable=True)
+    plain = pika.BasicProperties(delivery_mode=2)
+    channel.basic_publish("", "task_queue", b"two", strange if "header" in why else plain)
+    put(channel, "3", "4")
+    if "full" in why:
+        limit = {"max-length": 3, "overflow": "reject-publish"}
+        policy = {"pattern": "task_queue", "definition": limit}
+        broker.api("PUT", f"policies/{virtual_host_of(scripts.amqp_url)}/full", policy)
+    copy = worker_that("time.sleep(2 * (text == 'two'))\n    int(text)", tmp_path)
+    with another_user(broker, scripts.amqp_url, "reader", configure=".*", read=".*") as reader:
+        failing = worker(scripts, script=copy, amqp_url=reader if "permission" in why else None)
+        failing.expect(received("two"))
+        put(channel, "5")  # now the queue has three, and is full
+        failing.expect(DONE, count=3)
+        put(channel, "6")
+        failing.expect(DONE, count=4)
+        failing.stop()
+    assert tasks_of(failing) == ["two", "3", "4", "5", "6"]
+    failed, kept = failing.err.seen
+    assert failed.startswith(" [!] 'two' failed: ValueError(")
+    assert kept.startswith(" [!] RabbitMQ does not take it back, so we keep it: ")
+    eventually(lambda: ready(channel) == 1, "the task that it kept is in its queue, alone")
+
+
+def test_a_prefetch_of_more_than_one_acknowledges_what_is_done_and_nothing_else(
+    own_broker: Broker, scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """Tasks that are done are acknowledged at once, though a long one follows them: a worker that
+    is killed during that one leaves it and those behind it, and none before it."""
+    first = worker(scripts, "--prefetch", "10")
+    put(channel, *(f"short {n}" for n in range(5)), "long........", "behind")
+    first.expect(received("long........"))
+    eventually(lambda: counts(own_broker, scripts.amqp_url) == (0, 2), "five are acknowledged")
+    first.kill()
+    second = worker(scripts)
+    second.expect(received("long........", redelivered=True))
+    assert tasks_of(second) == ["long........"]
 
 
 def test_work_in_the_callback_is_lost_on_a_task_longer_than_the_heartbeat(

@@ -1,10 +1,10 @@
 """Plays the section "Run it" of each lesson, and shows every line when it comes.
 
-    python -m tools.demo [--broker auto|container|local|cluster|URL] [--all] [LESSON ...]
+    python -m tools.demo [--broker auto|container|local|cluster|secure|URL] [--all] [LESSON ...]
 
 Whoever writes a lesson checks it with `python -m tools.demo --all hello_world/README.md`. Exit
 status 1 says that what came is not what the text shows. The lesson on the cluster needs --broker
-cluster, and no other lesson does.
+cluster, the one on users and TLS needs --broker secure, and no other lesson does.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import argparse
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from tools.broker import Broker, Cluster, NoBroker, start
+from tools.broker import Broker, Cluster, NoBroker, Secure, start
 from tools.lesson import LessonError, Step, lessons, steps
 from tools.player import NeedsDocker, play
 
@@ -47,7 +48,9 @@ def perform(story: list[Step], broker: Broker) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("lessons", metavar="LESSON", type=Path, nargs="*")
-    parser.add_argument("--broker", default="auto", metavar="auto|container|local|cluster|URL")
+    parser.add_argument(
+        "--broker", default="auto", metavar="auto|container|local|cluster|secure|URL"
+    )
     parser.add_argument("--all", action="store_true", help="play whole lessons")
     options = parser.parse_args()
 
@@ -55,7 +58,8 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     broker, left_out = None, 0
     try:
-        broker = Cluster() if options.broker == "cluster" else start(options.broker)
+        projects = {"cluster": Cluster, "secure": Secure}
+        broker = projects.get(options.broker, partial(start, options.broker))()
         console.print(broker)
         for document in options.lessons or lessons():
             console.print(f"\n=== {document.resolve().parent.name}\n", style="bold")

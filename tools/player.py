@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from tools import ROOT, TIMEOUT, environment
-from tools.broker import Broker, Cluster, Container, Service
+from tools.broker import Broker, Container, Project
 from tools.lesson import ANYTHING, LessonError, Step, without_docker
 from tools.terminal import Terminal
 
@@ -146,12 +146,11 @@ def play(
     """Play steps on a broker, in a copy of the tutorial, as they may leave files in it.
 
     A broker that was started here is emptied for it. On any other one the steps have a virtual
-    host of their own. A cluster or a service is started and removed by the steps. Raises
-    LessonError.
+    host of their own. A Compose project is started and removed by the steps. Raises LessonError.
     """
     with ExitStack() as stack:
         settings = {}
-        if isinstance(broker, Cluster | Service):
+        if isinstance(broker, Project):
             url = broker.amqp_url
         elif not broker.owned:
             url = stack.enter_context(broker.virtual_host(f"lesson-{os.getpid()}"))
@@ -159,7 +158,7 @@ def play(
             url = broker.amqp_url
             broker.api("DELETE", "vhosts/%2F")
             broker.api("PUT", "vhosts/%2F", {})
-        if isinstance(broker, Cluster | Container | Service):
+        if isinstance(broker, Project | Container):
             settings = broker.settings
         elif broker.owned:
             story = [replace(step, text=without_docker(step.text)) for step in story]
@@ -170,16 +169,14 @@ def play(
                 "RABBITMQ_MANAGEMENT_PORT": broker.management_url.rpartition(":")[2],
             }
         for step in story:
-            in_compose = isinstance(broker, Cluster | Container | Service)
-            if step.text.startswith("$ docker ") and not in_compose:
+            if step.text.startswith("$ docker ") and not isinstance(broker, Project | Container):
                 raise NeedsDocker(f"{step.fails('this needs Docker Compose')}")
-            if step.text.startswith("$ docker compose up") and isinstance(broker, Container):
-                raise NeedsDocker(f"{step.fails('this starts RabbitMQ itself')}")
+            if step.text.startswith("$ docker compose up") and not isinstance(broker, Project):
+                raise NeedsDocker(f"{step.fails('this starts a RabbitMQ of its own')}")
             if "/api/" in step.text and not broker.owned:
                 raise NeedsDocker(f"{step.fails('this needs a RabbitMQ that was started here')}")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tutorial"
-        shutil.copytree(
-            ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.log", "secrets")
-        )
+        left_out = shutil.ignore_patterns(".*", "__pycache__", "*.log", "secrets")
+        shutil.copytree(ROOT, folder, ignore=left_out)
         player = stack.enter_context(Player(environment(url, **settings), folder, show, timeout))
         player.play(story)

@@ -34,7 +34,7 @@ def main():
             mandatory=True,  # it is an error if there is no queue any more
         )
         timer.cancel()
-    print(f" [x] Sent '{task}'")
+    print(f" [x] Sent {task!r}")
 
 
 def give_up():

@@ -3,13 +3,14 @@
 import argparse
 import os
 import re
-import queue
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from functools import partial
+from queue import SimpleQueue
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
@@ -24,24 +25,20 @@ def main(channel, options):
 
     # RabbitMQ sends us this many tasks before it waits for our acknowledgements.
     channel.basic_qos(prefetch_count=options.prefetch)
+    on_task = partial(do_task if options.in_callback else hand_over, options)
     channel.basic_consume(
         queue="task_queue", on_message_callback=on_task, auto_ack=options.auto_ack
     )
-    channel.confirm_delivery()  # from now on, basic_publish waits until the task is stored
     print(" [*] Waiting for tasks. To exit press CTRL+C")
     if not worker.is_alive():  # start it once: it goes on working while we reconnect
         worker.start()
 
 
-def on_task(channel, method, properties, body):
-    if options.in_callback:
-        do_task(channel, method, properties, body)  # pika waits here, and sends no heartbeat
-    else:
-        tasks.put((channel, method, properties, body))  # pika goes on, and sends heartbeats
+def hand_over(*task):
+    tasks.put(task)  # to the thread that works. pika's thread goes on, and sends heartbeats.
 
 
 def do_tasks():
-    """Do one task after the other. This runs in a thread of its own, next to pika's."""
     try:
         while True:
             do_task(*tasks.get())
@@ -52,43 +49,74 @@ def do_tasks():
             os._exit(1)
 
 
-def do_task(channel, method, properties, body):
+def do_task(options, channel, method, properties, body):
     if channel.is_closed and not options.auto_ack:
         return  # RabbitMQ has put this task back into its queue, for another worker or for us
-    text = body.decode(errors="backslashreplace")
-    print(f" [x] Received '{text}'" + (" (redelivered)" if method.redelivered else ""))
+    text = body.decode(errors="surrogateescape")
+    print(f" [x] Received {text!r}" + (" (redelivered)" if method.redelivered else ""))
+    failed = False
     try:
         work(text)
     except BaseException as error:  # also SystemExit, which would end this thread
-        print(f" [!] '{text}' failed: {error!r}", file=sys.stderr)
+        failed = True
+        print(f" [!] {text!r} failed: {error!r}", file=sys.stderr)
         time.sleep(1)  # otherwise a task that always fails would be tried without a pause
-        answer = partial(put_back, channel, method, properties, body)
     else:
         print(" [x] Done")
-        answer = partial(channel.basic_ack, delivery_tag=method.delivery_tag)
     if options.auto_ack or options.forget_ack:
         return
+    finished.append((options, channel, method, properties, body, failed))
+    connection = channel.connection
     with suppress(AMQPError):  # if the connection is lost, the task is in its queue again
-        # Only pika's thread may use the channel. This asks it to make the call.
-        channel.connection.add_callback_threadsafe(answer)
+        # Only pika's thread may use the channel, so we ask it to call `answer`: at once if no task
+        # waits, or else in two milliseconds. Until then, we may have finished more tasks.
+        if tasks.empty():
+            connection.add_callback_threadsafe(answer)
+        elif len(finished) == 1:
+            connection.add_callback_threadsafe(partial(connection.call_later, 0.002, answer))
 
 
 def work(text):
     """Put your own work here. It may take a long time, and it may raise an exception."""
-    time.sleep(text.count("."))
+    for _dot in range(text.count(".")):
+        time.sleep(1)
 
 
-def put_back(channel, method, properties, body):
-    """Send a failed task to the end of the queue, behind the tasks that wait there."""
+def answer():
+    """Acknowledge the tasks that are done. Put back those that have failed."""
+    tags = []
+    while finished:
+        options, channel, method, properties, body, failed = finished.popleft()
+        if channel.is_open and (not failed or put_back(options, channel, properties, body)):
+            tags.append(method.delivery_tag)
+    if tags and len(channel.consumer_tags) == 1:
+        channel.basic_ack(delivery_tag=tags[-1], multiple=True)  # this task and all before it
+    else:  # put_back keeps one of those before it
+        for tag in tags:
+            channel.basic_ack(delivery_tag=tag)
+
+
+def put_back(options, channel, properties, body):
+    """Send a failed task to the end of the queue. Return whether RabbitMQ has stored it there."""
     properties.user_id = None  # RabbitMQ accepts no other user's name from us
-    channel.basic_publish(
-        exchange="", routing_key="task_queue", body=body, properties=properties, mandatory=True
-    )
-    # Acknowledge last: if we crash before this, the task is in the queue twice, but not lost.
-    channel.basic_ack(delivery_tag=method.delivery_tag)
+    properties.expiration = None  # otherwise the time of the task would begin again
+    headers = (properties.headers or {}).items()  # CC and BCC name more queues to send it to
+    properties.headers = {name: value for name, value in headers if name not in ("CC", "BCC")}
+    try:
+        with channel.connection.channel() as other:  # RabbitMQ closes it if it refuses the task
+            other.confirm_delivery()  # now basic_publish waits until the task is stored
+            other.basic_publish("", "task_queue", body, properties, mandatory=True)
+    except Exception as error:
+        if channel.is_closed:
+            raise  # the connection is lost, so the task is in its queue again
+        print(f" [!] RabbitMQ does not take it back, so we keep it: {error!r}", file=sys.stderr)
+        main(channel, options)  # subscribe again, because the task takes a place of the prefetch
+        return False
+    return True
 
 
-tasks = queue.SimpleQueue()  # from pika's thread to the thread that does the work
+tasks = SimpleQueue()  # from pika's thread to the thread that works
+finished = deque()  # and back
 worker = threading.Thread(target=do_tasks, daemon=True)
 
 
@@ -162,7 +190,7 @@ def run(options):
 
 
 # A wrong address, password, permission or virtual host; a queue that has other settings
-HOPELESS = "AMQP_URL|ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|PRECONDITION_FAILED"
+HOPELESS = "AMQP_URL|(ACCESS_REFUSED|NOT_ALLOWED|PRECONDITION_FAILED)(?!.* (reached|down))"
 
 if __name__ == "__main__":
     try:

@@ -1,7 +1,8 @@
 """A running RabbitMQ, wherever the tests, the demo or a reader run.
 
 `start` returns one: at an address that the user gives, in a container, or as a private node of the
-installed rabbitmq-server. A `Cluster` is three of them. A `Service` is one with its workers.
+installed rabbitmq-server. A `Cluster` is three of them. A `Secure` broker has TLS. A
+`Service` is one with its workers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from tools.broker.base import Broker, NoBroker, eventually, free_port, virtual_h
 from tools.broker.cluster import Cluster
 from tools.broker.container import IMAGE, Container, container_problem, remains
 from tools.broker.local import LocalNode, find_server
+from tools.broker.project import Project
+from tools.broker.secure import Secure
 from tools.broker.service import Service
 
 __all__ = [
@@ -26,6 +29,8 @@ __all__ = [
     "LocalNode",
     "NoBroker",
     "NoServer",
+    "Project",
+    "Secure",
     "Service",
     "check",
     "choose",

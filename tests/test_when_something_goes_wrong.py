@@ -1,0 +1,307 @@
+"""The README's index of errors: each of them is made to happen."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pika
+import pytest
+import trustme
+from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
+from pika.spec import Connection
+
+from tests.proxy import Proxy
+from tests.scripts import Scripts, another_user, replaced
+from tools import ROOT, environment
+from tools.broker import Broker, eventually, free_port
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECTION = README.partition("\n## When something goes wrong\n")[2].partition("\n## ")[0]
+INDEX = re.findall(r"^\| `([^`]+)` \|", SECTION, re.MULTILINE)
+
+
+class Situation:
+    """What a reader who meets an error has: a broker, a URL, a channel, an empty folder."""
+
+    def __init__(self, broker: Broker, scripts: Scripts, folder: Path) -> None:
+        self.broker = broker
+        self.scripts = scripts
+        self.url = scripts.amqp_url
+        self.folder = folder
+
+    @contextmanager
+    def channel(self, url: str = "") -> Iterator[BlockingChannel]:
+        """Open a channel of its own, which the error may destroy."""
+        connection = BlockingConnection(pika.URLParameters(url or self.url))
+        try:
+            yield connection.channel()
+        finally:
+            if connection.is_open:
+                connection.close()
+
+    def connect(self, url: str) -> None:
+        with self.channel(url):
+            pass
+
+
+Cause = Callable[[Situation], object]
+CAUSES: dict[str, Cause] = {}
+
+
+def causes(text: str) -> Callable[[Cause], Cause]:
+    """Say which line of the index a function makes happen."""
+
+    def remember(cause: Cause) -> Cause:
+        CAUSES[text] = cause
+        return cause
+
+    return remember
+
+
+@causes("ModuleNotFoundError: No module named 'pika'")
+def without_pika(_: Situation) -> None:
+    command = [sys.executable, "-S", "hello_world/send.py"]  # -S: nothing that was installed
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
+    raise RuntimeError(ended.stderr)
+
+
+@causes("Connection refused")
+def no_broker(s: Situation) -> None:
+    started = s.scripts.start("hello_world/send.py", amqp_url=replaced(s.url, port=free_port()))
+    started.wait()
+    raise RuntimeError(started.err.all())
+
+
+@causes("ACCESS_REFUSED - Login was refused")
+def wrong_password(s: Situation) -> None:
+    s.connect(replaced(s.url, user="guest:wrong"))
+
+
+@causes("NOT_ALLOWED - vhost")
+def wrong_virtual_host(s: Situation) -> None:
+    s.connect(replaced(s.url, path="/nowhere"))
+
+
+@causes("ACCESS_REFUSED - ")
+def no_permission(s: Situation) -> None:
+    with another_user(s.broker, s.url, "newcomer") as url, s.channel(url) as channel:
+        channel.queue_declare("hello", durable=True)
+
+
+@causes("PRECONDITION_FAILED - inequivalent arg")
+def other_settings(s: Situation) -> None:
+    with s.channel() as channel:
+        channel.queue_declare("hello", durable=True)
+        channel.queue_declare("hello", durable=True, arguments={"x-max-length": 10})
+
+
+@causes("PRECONDITION_FAILED - unknown delivery tag")
+def acknowledged_twice(s: Situation) -> None:
+    with s.channel() as channel:
+        channel.queue_declare("hello", durable=True)
+        channel.basic_publish("", "hello", b"")
+        tag = eventually(lambda: channel.basic_get("hello")[0], "the message").delivery_tag
+        channel.basic_ack(tag)
+        channel.basic_ack(tag)
+        channel.queue_declare("hello", passive=True)
+
+
+@causes("PRECONDITION_FAILED - delivery acknowledgement")
+def acknowledged_too_late(s: Situation) -> None:
+    if tuple(map(int, s.broker.version.split(".")[:2])) >= (4, 3):
+        pytest.skip("RabbitMQ 4.3 does not close the channel any more")
+    names = [("consumer_timeout", 1000, 1_800_000), ("channel_tick_interval", 500, 60_000)]
+    for name, value, _ in names:
+        s.broker.rabbitmqctl("eval", f"application:set_env(rabbit, {name}, {value}).")
+    try:
+        with s.channel() as channel:
+            channel.queue_declare("hello", durable=True)
+            channel.basic_publish("", "hello", b"")
+            channel.basic_consume("hello", lambda *_: None)
+            channel.start_consuming()
+    finally:
+        for name, _, value in names:
+            s.broker.rabbitmqctl("eval", f"application:set_env(rabbit, {name}, {value}).")
+
+
+@causes("PRECONDITION_FAILED - user_id")
+def a_false_sender(s: Situation) -> None:
+    with s.channel() as channel:
+        channel.confirm_delivery()
+        channel.basic_publish("", "hello", b"", pika.BasicProperties(user_id="boss"))
+
+
+@causes("NOT_FOUND - no queue")
+def no_queue(s: Situation) -> None:
+    with s.channel() as channel:
+        channel.basic_consume("nowhere", lambda *_: None)
+
+
+@causes("RESOURCE_LOCKED")
+def somebody_elses(s: Situation) -> None:
+    with s.channel() as first, s.channel() as second:
+        first.queue_declare("mine", exclusive=True)
+        second.queue_declare("mine", exclusive=True)
+
+
+@causes("NOT_IMPLEMENTED")
+def get_from_a_stream(s: Situation) -> None:
+    with s.channel() as channel:
+        channel.queue_declare("log", durable=True, arguments={"x-queue-type": "stream"})
+        channel.basic_get("log")
+
+
+def in_two_threads(s: Situation) -> str:
+    """Publish on one connection from eight threads, until one of them fails."""
+    connection = BlockingConnection(pika.URLParameters(s.url))
+    channel = connection.channel()
+    channel.confirm_delivery()
+    errors: list[str] = []
+
+    def publish() -> None:
+        try:
+            while not errors:
+                channel.basic_publish("", "nowhere", b"")
+        except BaseException as error:
+            errors.append(repr(error))
+
+    threads = [threading.Thread(target=publish, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    return " ".join(errors)
+
+
+@causes("IndexError: pop from an empty deque")
+def shared_by_threads(s: Situation) -> None:
+    told = ""
+    for _ in range(20):  # which error it is, is a matter of luck
+        told += in_two_threads(s)
+        if "IndexError" in told:
+            break
+    raise RuntimeError(told.replace("IndexError('", "IndexError: "))
+
+
+@causes("UNEXPECTED_FRAME")
+def a_frame_too_many(s: Situation) -> None:
+    """What two processes or threads on one connection do to each other's frames."""
+    with s.channel() as channel:
+        header = pika.frame.Header(1, 3, pika.BasicProperties())
+        impl: Any = channel.connection
+        impl._impl._output_marshaled_frames([header.marshal()])
+        channel.queue_declare("hello", durable=True)
+
+
+@causes("StreamLostError")
+def connection_cut(s: Situation) -> None:
+    with closing(Proxy(s.url)) as proxy, s.channel(proxy.url) as channel:
+        proxy.cut()
+        channel.queue_declare("hello", durable=True)
+
+
+@causes("CONNECTION_FORCED")
+def closed_by_an_administrator(s: Situation) -> None:
+    with s.channel() as channel:
+        name = eventually(
+            lambda: [c for c in s.broker.api("GET", "connections") if c["vhost"] in s.url],
+            "the broker shows the connection",
+        )[0]["name"]
+        s.broker.api("DELETE", f"connections/{name}")
+        channel.connection.sleep(10)
+
+
+@causes("IncompatibleProtocolError")
+def not_amqp(s: Situation) -> None:
+    losing = True
+
+    def watch(index: int, _to_broker: bool) -> bool:
+        if losing and index == Connection.Start.INDEX:
+            proxy.cut()
+        return True
+
+    with closing(Proxy(s.url, watch)) as proxy:
+        s.connect(proxy.url)
+
+
+@causes("ChannelWrongStateError")
+def closed_channel(s: Situation) -> None:
+    with s.channel() as channel:
+        channel.close()
+        channel.basic_publish("", "hello", b"")
+
+
+@causes("NackError")
+def full_queue(s: Situation) -> None:
+    with s.channel() as channel:
+        limit = {"x-max-length": 1, "x-overflow": "reject-publish"}
+        channel.queue_declare("full", durable=True, arguments=limit)
+        channel.confirm_delivery()
+        for _ in range(3):
+            channel.basic_publish("", "full", b"")
+
+
+@causes("UnroutableError")
+def nowhere(s: Situation) -> None:
+    with s.channel() as channel:
+        channel.confirm_delivery()
+        channel.basic_publish("", "nowhere", b"", mandatory=True)
+
+
+def with_certificate(
+    s: Situation, trusted: bool = True, name: str = "127.0.0.2", **validity: Any
+) -> None:
+    """Connect with TLS to a server with a certificate of its own."""
+    ours, stranger = trustme.CA(), trustme.CA()
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ours.issue_cert(name, **validity).configure_cert(server)
+    client = ssl.create_default_context()
+    (ours if trusted else stranger).configure_trust(client)
+    with closing(Proxy(s.url, tls=server)) as proxy:
+        parameters = pika.URLParameters(proxy.url)
+        parameters.ssl_options = pika.SSLOptions(client)
+        BlockingConnection(parameters)
+
+
+@causes("unable to get local issuer certificate")
+def unknown_authority(s: Situation) -> None:
+    with_certificate(s, trusted=False)
+
+
+@causes("IP address mismatch")
+def wrong_name(s: Situation) -> None:
+    with_certificate(s, name="127.0.0.3")
+
+
+@causes("certificate has expired")
+def expired(s: Situation) -> None:
+    with_certificate(s, not_after=datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc))
+
+
+@causes("WRONG_VERSION_NUMBER")
+def tls_to_the_plain_port(s: Situation) -> None:
+    s.connect(s.url.replace("amqp://", "amqps://"))
+
+
+@pytest.mark.parametrize("text", INDEX)
+def test_each_error_of_the_index_happens_as_it_says(
+    own_broker: Broker, scripts: Scripts, tmp_path: Path, text: str
+) -> None:
+    """What the README names as the cause of an error makes a reader see this text."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        CAUSES[text](Situation(own_broker, scripts, tmp_path))
+    assert text in repr(caught.value) + str(caught.value)
+
+
+def test_the_index_is_complete() -> None:
+    """Each error that a test here makes happen stands in the README, once."""
+    assert sorted(INDEX) == sorted(CAUSES)
