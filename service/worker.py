@@ -34,24 +34,30 @@ def main(channel, options):
     channel.basic_consume("tasks", lambda _channel, *task: tasks.append(task))
     log.info("waiting for tasks")
     health.ready = True
-    while channel.consumer_tags:  # turn ends it when we are asked to stop
-        turn(channel, tasks, seconds=0.2)
+    while channel.consumer_tags:
+        turn(channel, seconds=0.2)
         if tasks:
             do_task(channel, tasks, *tasks.popleft())
+        else:
+            heed_stop(channel, tasks)
 
 
-def turn(channel, tasks, seconds=0):
-    """Let pika receive tasks and send heartbeats. When we are asked to stop, take no more tasks."""
+def turn(channel, seconds=0):
+    """Let pika receive tasks and send heartbeats. Raises AMQPError if we consume no more."""
     channel.connection.process_data_events(time_limit=seconds)
     health.alive_until = time.monotonic() + ALIVE
+    if not channel.consumer_tags and not stopping.is_set():
+        raise AMQPError("RabbitMQ has closed the channel or cancelled the consumer: see its log")
+
+
+def heed_stop(channel, tasks):
+    """If we are asked to stop, take no more tasks, and give those back that have not begun."""
     if stopping.is_set():
         for tag in channel.consumer_tags:  # none, if we have been here before
             log.info("stopping: no more tasks")
             channel.basic_cancel(tag)
-        while tasks:  # those that have not begun go back, for other workers
+        while tasks:
             channel.basic_nack(tasks.popleft()[0].delivery_tag, requeue=True)
-    elif not channel.consumer_tags:
-        raise AMQPError("RabbitMQ has closed the channel or cancelled the consumer: see its log")
 
 
 def do_task(channel, tasks, method, properties, body):
@@ -61,8 +67,9 @@ def do_task(channel, tasks, method, properties, body):
     # The work is done in a second thread. Everything else is done here, in pika's thread.
     job = executor.submit(do, properties, body)
     while wait([job], timeout=0.2).not_done:
-        turn(channel, tasks)
-    turn(channel, tasks)  # if we are to stop, say so before RabbitMQ sends the next task
+        turn(channel)
+        heed_stop(channel, tasks)
+    heed_stop(channel, tasks)  # once more: after the acknowledgement, RabbitMQ sends the next task
     seconds = time.monotonic() - begin
     error = job.exception()
     if error is None:

@@ -374,7 +374,7 @@ def test_what_can_never_be_understood_is_parked_at_its_first_try(
 def test_what_failed_for_now_is_tried_again(scripts: Scripts, channel: BlockingChannel) -> None:
     """After three tries it is parked; lesson 8's parked.py lists its failures and sends it back.
     The orders to RabbitMQ that came with it are not carried out again."""
-    channel.queue_declare("copies")
+    channel.queue_declare("copies", durable=True)
     doing = worker(scripts)
     orders = {"headers": {"CC": ["copies"], "mine": 1}, "expiration": "60000", "user_id": "guest"}
     put(channel, "bad", -1, **orders)
