@@ -396,7 +396,8 @@ def parts_of(name: str) -> tuple[str, str, str]:
 def test_the_shared_lines_are_the_same_to_the_letter() -> None:
     """All producers are the same before their lesson and after it, and so are all consumers. Both
     connect in the same way, and new_tasks.py treats signals in a way of its own."""
-    producers, consumers = ({parts_of(name) for name in names} for names in (PRODUCERS, CONSUMERS))
+    names = [*PRODUCERS, "streams/emit_log_stream.py"], [*CONSUMERS, "streams/read_logs.py"]
+    producers, consumers = ({parts_of(name) for name in kind} for kind in names)
     [(producer_signals, producer, _)] = producers
     [(consumer_signals, consumer, _)] = consumers
     assert "signal.SIG_DFL" in producer_signals
