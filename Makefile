@@ -60,6 +60,7 @@ lint: .venv/has-lint
 	.venv/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/lesson.yml
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml */docker-compose.yml
+	.venv/bin/kubernetes-validate --strict --quiet service/kubernetes.yml
 	@if command -v shellcheck >/dev/null; then echo 'shellcheck .ci/run .ci/provision security/*.sh'; shellcheck .ci/run .ci/provision security/*.sh; \
 		else echo 'Not checked: .ci/run, .ci/provision and security/*.sh, because shellcheck is not installed'; fi
 

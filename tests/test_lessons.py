@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tools import ROOT, TIMEOUT, environment
-from tools.broker import Broker, Cluster, Secure, remains
+from tools.broker import Broker, Cluster, Secure, Service, remains
 from tools.lesson import README, LessonError, blocks, lessons, steps, without_docker
 from tools.player import NeedsDocker, Player, play
 
@@ -142,6 +142,8 @@ def name(document: Path) -> str:
 CLUSTER = ROOT / "cluster" / "README.md"
 SECURITY = ROOT / "security" / "README.md"
 PROJECTS: dict[Path, type[Cluster | Secure]] = {CLUSTER: Cluster, SECURITY: Secure}
+SERVICE = ROOT / "service" / "README.md"
+SERVICE_IN_CONTAINERS = "In containers"  # the section that needs them
 each_lesson = pytest.mark.parametrize("document", lessons(), ids=name)
 each_document = pytest.mark.parametrize("document", [README, *lessons()], ids=name)
 
@@ -158,6 +160,9 @@ def test_what_the_terminals_show_is_what_happens(document: Path, broker: Broker)
     """Each console block of a document, played in real terminals, shows what the text shows."""
     story = steps(document)
     assert story
+    if document == SERVICE:
+        apart = steps(document, SERVICE_IN_CONTAINERS)
+        story = [step for step in story if step not in apart]
     try:
         play(story, broker, timeout=60)
     except NeedsDocker as error:
@@ -173,6 +178,17 @@ def test_a_lesson_starts_and_removes_its_own_rabbitmq(document: Path) -> None:
     containers with their data."""
     with closing(PROJECTS[document]()) as broker:
         play(steps(document), broker, timeout=60)
+        assert not any(remains(broker.settings["COMPOSE_PROJECT_NAME"]))
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("containers")
+def test_a_section_starts_and_removes_its_own_rabbitmq() -> None:
+    """The part of lesson 11 that is about containers starts RabbitMQ and three workers, and removes
+    them with their data."""
+    with closing(Service()) as broker:
+        play(steps(SERVICE, SERVICE_IN_CONTAINERS), broker, timeout=60)
         assert not any(remains(broker.settings["COMPOSE_PROJECT_NAME"]))
 
 

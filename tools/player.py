@@ -164,13 +164,19 @@ def play(
             story = [replace(step, text=without_docker(step.text)) for step in story]
             # bash finds functions in its environment under such names
             rabbitmqctl = shlex.join(broker.rabbitmqctl_command)
-            settings = {"BASH_FUNC_rabbitmqctl%%": f'() {{ {rabbitmqctl} "$@"; }}'}
+            settings = {
+                "BASH_FUNC_rabbitmqctl%%": f'() {{ {rabbitmqctl} "$@"; }}',
+                "RABBITMQ_MANAGEMENT_PORT": broker.management_url.rpartition(":")[2],
+            }
         for step in story:
             if step.text.startswith("$ docker ") and not isinstance(broker, Project | Container):
                 raise NeedsDocker(f"{step.fails('this needs Docker Compose')}")
             if step.text.startswith("$ docker compose up") and not isinstance(broker, Project):
                 raise NeedsDocker(f"{step.fails('this starts a RabbitMQ of its own')}")
+            if "/api/" in step.text and not broker.owned:
+                raise NeedsDocker(f"{step.fails('this needs a RabbitMQ that was started here')}")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tutorial"
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.log"))
+        left_out = shutil.ignore_patterns(".*", "__pycache__", "*.log", "secrets")
+        shutil.copytree(ROOT, folder, ignore=left_out)
         player = stack.enter_context(Player(environment(url, **settings), folder, show, timeout))
         player.play(story)

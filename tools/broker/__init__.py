@@ -1,7 +1,8 @@
 """A running RabbitMQ, wherever the tests, the demo or a reader run.
 
 `start` returns one: at an address that the user gives, in a container, or as a private node of the
-installed rabbitmq-server. A `Cluster` is three of them. A `Secure` broker has TLS.
+installed rabbitmq-server. A `Cluster` is three of them. A `Secure` broker has TLS. A
+`Service` is one with its workers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tools.broker.container import IMAGE, Container, container_problem, remains
 from tools.broker.local import LocalNode, find_server
 from tools.broker.project import Project
 from tools.broker.secure import Secure
+from tools.broker.service import Service
 
 __all__ = [
     "IMAGE",
@@ -29,6 +31,7 @@ __all__ = [
     "NoServer",
     "Project",
     "Secure",
+    "Service",
     "check",
     "choose",
     "container_problem",

@@ -1,0 +1,638 @@
+"""In production: a worker that is stopped without harm, and that can be watched."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pika
+import pytest
+import requests
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.spec import BasicProperties
+
+from tests.proxy import ACK, Proxy
+from tests.scripts import SECRET, Script, Scripts, replaced
+from tests.test_dead_letters import failures_of, listing, parked, size
+from tools import ROOT
+from tools.broker import Broker, eventually, free_port, virtual_host_of
+
+WORKER = "service/worker.py"
+DEFINITIONS = json.loads((ROOT / "service/definitions.json").read_text())
+EVENT = re.compile(
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (INFO|WARNING|ERROR|CRITICAL) (\S+) (.*)"
+)
+
+
+@pytest.fixture
+def queues(broker: Broker, amqp_url: str) -> None:
+    """Load the queues and policies of definitions.json, with a delay of 0.3 s between two tries."""
+    broker.api("POST", f"definitions/{virtual_host_of(amqp_url)}", DEFINITIONS)
+    set_policy(broker, amqp_url, "tasks.retry", **{"message-ttl": 300})
+
+
+pytestmark = pytest.mark.usefixtures("queues")
+
+
+def set_policy(broker: Broker, amqp_url: str, name: str, **settings: object) -> None:
+    """Change settings in a policy of definitions.json, as `rabbitmqctl set_policy` does."""
+    [policy] = [each for each in DEFINITIONS["policies"] if each["name"] == name]
+    new = policy | {"definition": policy["definition"] | settings}
+    broker.api("PUT", f"policies/{virtual_host_of(amqp_url)}/{name}", new)
+
+
+def event(text: str, task: str = "-") -> re.Pattern[str]:
+    """Return the pattern of a line of the log: text may be its beginning."""
+    return re.compile(rf"\S+ [A-Z]+ {re.escape(task)} {re.escape(text)}.*")
+
+
+def worker(scripts: Scripts, *options: str, **more: Any) -> Script:
+    """Start a worker and wait until it waits for tasks."""
+    started = scripts.start(more.pop("script", WORKER), *options, **more)
+    started.expect_error(event("waiting for tasks"))
+    return started
+
+
+def put(channel: BlockingChannel, task: str, seconds: float = 0, **more: Any) -> None:
+    """Put a task into the queue, as new_task.py does, with an id of our choice."""
+    body = json.dumps({"name": task, "seconds": seconds})
+    put_body(channel, body.encode(), message_id=task, **more)
+
+
+def put_body(channel: BlockingChannel, body: bytes, **properties: Any) -> None:
+    properties = {"delivery_mode": 2} | properties
+    channel.basic_publish("", "tasks", body, BasicProperties(**properties), mandatory=True)
+
+
+@contextmanager
+def connection_to(amqp_url: str) -> Iterator[BlockingChannel]:
+    """Give a channel for a moment: that of the test would not outlive a restart of RabbitMQ."""
+    with closing(pika.BlockingConnection(pika.URLParameters(amqp_url))) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        yield channel
+
+
+def taken_back(channel: BlockingChannel) -> dict[str, Any]:
+    """Wait for a task that goes back, take it, and return its headers and whether it was out."""
+
+    def take() -> Any:
+        found = channel.basic_get("tasks", auto_ack=True)
+        return found if found[0] else None
+
+    method, properties, _ = eventually(take, "a task goes back", timeout=5)
+    return {"redelivered": method.redelivered} | (properties.headers or {})
+
+
+# --- Stopping ---
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl+C"])
+def test_a_worker_that_is_stopped_finishes_its_task_first(
+    broker: Broker, scripts: Scripts, channel: BlockingChannel, how: signal.Signals
+) -> None:
+    """It takes no other task, finishes the one in hand, acknowledges it, and ends with 0.
+
+    The tasks that it has prefetched go back at once, and another worker does them meanwhile. From
+    RabbitMQ 4.3 on, this does not count as a failed delivery.
+    """
+    doing = worker(scripts, "--prefetch", "3")
+    put(channel, "long", 2)
+    doing.expect_error(event("begins", "long"))
+    put(channel, "second")
+    put(channel, "third")
+    eventually(lambda: size(channel, "tasks") == 0, "both are prefetched")
+    doing.process.send_signal(how)
+    doing.expect_error(event("stopping"))
+    headers = [taken_back(channel) for _ in range(2)]
+    if broker.version.split(".")[:2] >= ["4", "3"]:
+        assert all(not each.get("x-delivery-count") for each in headers)
+    put(channel, "fourth")
+    assert doing.wait() == 0
+    texts = [re.sub(" in .* s", "", EVENT.fullmatch(line)[3]) for line in doing.err.seen]  # type: ignore[index]
+    assert texts == [
+        *("waiting for tasks", "begins", "stopping: no more tasks"),
+        *("done", "stopped"),
+    ]
+    assert not taken_back(channel)["redelivered"], "the fourth was never taken"
+    assert size(channel, "tasks") == 0, "and the first was acknowledged"
+
+
+def test_an_idle_worker_ends_at_once(scripts: Scripts) -> None:
+    """No task, nothing to wait for."""
+    doing = worker(scripts)
+    assert doing.stop(signal.SIGTERM) < 1
+    assert doing.process.returncode == 0
+
+
+def test_a_second_signal_ends_a_worker_at_once(scripts: Scripts, channel: BlockingChannel) -> None:
+    """The task in hand goes back to its queue. The exit status says that something was cut off."""
+    doing = worker(scripts)
+    put(channel, "long", 60)
+    doing.expect_error(event("begins", "long"))
+    doing.process.send_signal(signal.SIGTERM)
+    doing.expect_error(event("stopping"))
+    assert doing.stop(signal.SIGTERM) < 1
+    assert doing.process.returncode == 1
+    assert taken_back(channel)["redelivered"]
+
+
+def test_a_task_that_takes_too_long_goes_back(scripts: Scripts, channel: BlockingChannel) -> None:
+    """A worker that is stopped waits for as long as --grace says, and not longer."""
+    doing = worker(scripts, "--grace", "1")
+    put(channel, "long", 60)
+    doing.expect_error(event("begins", "long"))
+    assert 1 <= doing.stop(signal.SIGTERM) < 3
+    assert doing.process.returncode == 1
+    doing.expect_error(event("no time left"))
+    assert taken_back(channel)["redelivered"]
+
+
+def test_a_worker_can_be_stopped_while_it_has_no_connection(scripts: Scripts) -> None:
+    """It ends within a second, with 0, while it tries to reconnect."""
+    nobody = replaced(scripts.amqp_url, port=free_port())
+    doing = scripts.start(WORKER, amqp_url=nobody)
+    doing.expect_error(event("no connection"))
+    assert doing.stop(signal.SIGTERM) < 1
+    assert doing.process.returncode == 0
+
+
+def test_a_connection_that_breaks_during_the_stop_does_no_harm(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """The worker finishes its work and ends with 0. The task goes back, as nobody could tell
+    RabbitMQ that it was done."""
+    with closing(Proxy(scripts.amqp_url)) as proxy:
+        doing = worker(scripts, amqp_url=proxy.url)
+        put(channel, "long", 2)
+        doing.expect_error(event("begins", "long"))
+        begin = time.monotonic()
+        doing.process.send_signal(signal.SIGTERM)
+        doing.expect_error(event("stopping"))
+        proxy.close()
+        assert doing.wait() == 0
+        assert 1 < time.monotonic() - begin < 5
+        assert taken_back(channel)["redelivered"]
+
+
+def test_a_worker_that_loses_its_connection_connects_again_while_its_work_goes_on(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """The task is delivered again, and the worker begins it when the first try has ended."""
+    with closing(Proxy(scripts.amqp_url)) as proxy:
+        doing = worker(scripts, amqp_url=proxy.url)
+        put(channel, "long", 1.5)
+        doing.expect_error(event("begins", "long"))
+        proxy.cut()
+        doing.expect_error(event("begins (redelivered)", "long"))
+        doing.expect_error(event("done", "long"))
+        assert doing.err.times[-1] - doing.err.times[1] >= 2 * 1.5 - 0.1, "both tries, in turn"
+        assert size(channel, "tasks") == 0
+
+
+@pytest.mark.parametrize("busy", [True, False], ids=["with a task", "without a task"])
+def test_a_worker_can_be_stopped_while_rabbitmq_is_paused(
+    scripts: Scripts, channel: BlockingChannel, busy: bool
+) -> None:
+    """RabbitMQ answers nothing any more. The worker waits for it as long as --grace says. If
+    RabbitMQ goes on before that, the stop is like any other."""
+    goes_on = threading.Event()
+    goes_on.set()
+    with closing(Proxy(scripts.amqp_url, lambda *_: goes_on.wait())) as proxy:
+        for grace, status in (("1", 1), ("25", 0)):
+            doing = worker(scripts, "--grace", grace, amqp_url=proxy.url)
+            if busy:
+                put(channel, grace, 0.5)
+                doing.expect_error(event("begins", grace))
+            goes_on.clear()
+            doing.process.send_signal(signal.SIGTERM)
+            doing.expect_error(event("stopping"))
+            if status == 0:
+                goes_on.set()
+            assert doing.wait() == status
+            goes_on.set()
+            proxy.cut()
+            if busy and status == 1:
+                assert taken_back(channel)["redelivered"]
+        assert size(channel, "tasks") == 0
+
+
+def roll(scripts: Scripts, channel: BlockingChannel, tasks: int, rounds: int) -> list[Script]:
+    """Let three workers do tasks, and replace one after the other. Return all that there were."""
+    crew = [worker(scripts) for _ in range(3)]
+    everyone = list(crew)
+    for i in range(tasks):
+        put(channel, f"task-{i}", seconds=0.1 + i % 10 / 10)
+    for i in range(rounds):
+        new = worker(scripts)  # as a deployment does it: the new one runs before the old one ends
+        everyone.append(new)
+        old, crew[i % 3] = crew[i % 3], new
+        old.process.send_signal(signal.SIGTERM)
+        old.expect_error(event("stopping"))
+    eventually(lambda: size(channel, "tasks") == 0, "all are taken", timeout=120)
+    for old in crew:
+        old.process.send_signal(signal.SIGTERM)
+    assert [each.wait() for each in everyone] == [0] * len(everyone)
+    return everyone
+
+
+def events(everyone: list[Script], beginning: str) -> Counter[str]:
+    """Count the events whose text begins so, for each message id."""
+    found = (EVENT.fullmatch(line) for each in everyone for line in each.err.seen)
+    return Counter(each[2] for each in found if each and each[3].startswith(beginning))
+
+
+def test_a_rolling_restart_redelivers_nothing(scripts: Scripts, channel: BlockingChannel) -> None:
+    """Three workers are replaced one after the other, twice. Each task is delivered once, done
+    once, and none is parked."""
+    everyone = roll(scripts, channel, tasks=20, rounds=6)
+    once = {f"task-{i}": 1 for i in range(20)}
+    assert events(everyone, "begins") == events(everyone, "done") == once
+    assert not events(everyone, "begins (redelivered)")
+    assert size(channel, "tasks.parked") == size(channel, "tasks.retry") == 0
+
+
+@pytest.mark.endurance
+@pytest.mark.timeout(600)
+def test_thirty_rolling_restarts_and_two_of_rabbitmq(
+    own_broker: Broker, scripts: Scripts, amqp_url: str
+) -> None:
+    """300 tasks of 0.2 to 2 seconds, three workers, each replaced ten times while it works, and
+    RabbitMQ is restarted twice. Each task is done. It is done once, unless RabbitMQ was restarted
+    while a worker had it. None fails, and none is parked."""
+    tasks = {f"task-{i}": 0.2 + i % 19 / 10 for i in range(300)}
+    with connection_to(amqp_url) as channel:
+        for task, seconds in tasks.items():
+            put(channel, task, seconds)
+    own_broker.sync()
+    crew = [worker(scripts) for _ in range(3)]
+    everyone = list(crew)
+    away = []  # from when to when RabbitMQ was restarted
+    for i in range(30):
+        new = worker(scripts)
+        everyone.append(new)
+        old, crew[i % 3] = crew[i % 3], new
+        old.process.send_signal(signal.SIGTERM)
+        if i in (10, 20):
+            begin = time.monotonic()
+            own_broker.stop()
+            own_broker.start()
+            away.append((begin, time.monotonic()))
+        time.sleep(2)  # until the next one; all tasks together take them two minutes
+    with connection_to(amqp_url) as channel:
+        names = ("tasks", "tasks.retry", "tasks.parked")
+        eventually(lambda: not any(size(channel, name) for name in names), "all are taken", 180)
+    for old in crew:
+        old.process.send_signal(signal.SIGTERM)
+    assert [each.wait() for each in everyone] == [0] * len(everyone)
+
+    begun: dict[str, list[float]] = {}
+    for each in everyone:
+        for line, when in zip(each.err.seen, each.err.times, strict=True):
+            found = EVENT.fullmatch(line)
+            assert found
+            assert found[1] != "WARNING", "none fails"
+            if found[3].startswith("begins"):
+                begun.setdefault(found[2], []).append(when)
+    assert begun.keys() == events(everyone, "done").keys() == tasks.keys()
+    with connection_to(amqp_url) as channel:
+        assert [size(channel, name) for name in names] == [0, 0, 0]
+    for times in begun.values():
+        for once, again in pairwise(sorted(times)):
+            assert any(once < end and begin < again for begin, end in away)
+
+
+# --- Tasks as data, and tasks that fail ---
+
+
+def test_new_task_sends_data_that_describe_themselves(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """The body is JSON. The properties say so, and have an id, which is printed, and a time."""
+    sent = scripts.run("service/new_task.py", "--seconds", "0.5", "日本 report")
+    _, properties, body = channel.basic_get("tasks")
+    assert properties
+    assert body
+    assert json.loads(body) == {"name": "日本 report", "seconds": 0.5}
+    assert (properties.content_type, properties.type) == ("application/json", "sleep")
+    assert sent.out.all() == [f" [x] Sent '日本 report' with the id {properties.message_id}"]
+    assert abs(properties.timestamp - time.time()) < 60
+    assert properties.delivery_mode == 2
+
+
+def test_a_task_without_its_queue_is_an_error(scripts: Scripts, channel: BlockingChannel) -> None:
+    """new_task.py says what is missing. A worker waits until it is there."""
+    channel.queue_delete("tasks")
+    lost = scripts.run("service/new_task.py", "report", status=1)
+    assert lost.err.all() == [" [!] There is no queue 'tasks': load definitions.json into RabbitMQ"]
+    doing = scripts.start(WORKER)
+    doing.expect_error(re.compile(r".* ERROR - no connection.*NOT_FOUND - no queue 'tasks'.*"))
+    channel.queue_declare("tasks", durable=True, arguments={"x-queue-type": "quorum"})
+    doing.expect_error(event("waiting for tasks"))
+
+
+NO_TASKS = {
+    b"": "JSONDecodeError",
+    b"\xff": "UnicodeDecodeError",
+    b"{": "JSONDecodeError",
+    b"[]": "TypeError",
+    b"5": "TypeError",
+    b"{}": "KeyError('name')",
+    b'{"name": "a"}': "KeyError('seconds')",
+    b'{"name": "a", "seconds": "x"}': "ValueError",
+    b'{"name": "a", "seconds": null}': "TypeError",
+    b"[" * 100_000: "RecursionError",
+}
+
+
+def test_what_can_never_be_understood_is_parked_at_its_first_try(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """The body is as it was, and a header says why. The worker goes on."""
+    doing = worker(scripts)
+    for body in NO_TASKS:
+        put_body(channel, body)
+    put(channel, "good")
+    doing.expect_error(event("done", "good"))
+    found = parked(channel)
+    assert [body for body, _ in found] == list(NO_TASKS)
+    for (_, properties), reason in zip(found, NO_TASKS.values(), strict=True):
+        [failure] = failures_of(properties)
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+00:00 PermanentError\(", failure)
+        assert f"this is not a task: {reason}" in failure
+
+
+def test_what_failed_for_now_is_tried_again(scripts: Scripts, channel: BlockingChannel) -> None:
+    """After three tries it is parked; lesson 8's parked.py lists its failures and sends it back.
+    The orders to RabbitMQ that came with it are not carried out again."""
+    channel.queue_declare("copies", durable=True)
+    doing = worker(scripts)
+    orders = {"headers": {"CC": ["copies"], "mine": 1}, "expiration": "60000", "user_id": "guest"}
+    put(channel, "bad", -1, **orders)
+    put(channel, "good")
+    doing.expect_error(event("failed (3 of 3), goes to tasks.parked", "bad"))
+    assert events([doing], "begins") == {"bad": 3, "good": 1}
+    lines = doing.err.seen
+    good = next(i for i, line in enumerate(lines) if event("done", "good").fullmatch(line))
+    assert any(event("failed (2", "bad").fullmatch(line) for line in lines[good:])
+    eventually(lambda: size(channel, "tasks.parked") == 1, "it is parked")
+    shown = listing(scripts, "--send-back")
+    assert shown[1:4] == ["     T ValueError('sleep length must be non-negative')"] * 3
+    doing.expect_error(event("failed (3 of 3), goes to tasks.parked", "bad"), count=2)
+    eventually(lambda: size(channel, "tasks.parked") == 1, "it is parked")
+    [(_, properties)] = parked(channel)
+    assert properties.expiration is properties.user_id is None
+    assert properties.headers is not None
+    assert "CC" not in properties.headers
+    assert properties.headers["mine"] == 1
+    assert size(channel, "copies") == 1
+
+
+def test_a_failed_task_that_rabbitmq_does_not_take_back_is_parked(
+    broker: Broker, amqp_url: str, scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """If the queue for failed tasks is full, the task becomes a dead letter of its own queue. It
+    holds up no other task, and is not lost."""
+    set_policy(broker, amqp_url, "tasks.retry", **{"max-length": 1, "message-ttl": 600_000})
+    doing = worker(scripts)
+    put(channel, "fills", -1)
+    doing.expect_error(event("failed (1 of 3), goes to tasks.retry", "fills"))
+    for i in range(3):  # RabbitMQ lets a few more in
+        put(channel, f"bad-{i}", -1)
+    put(channel, "good")
+    doing.expect_error(event("done", "good"))
+    doing.expect_error(event("RabbitMQ does not take it (NackError", "bad-2"))
+    eventually(lambda: size(channel, "tasks.parked") >= 1, "it is parked")
+    found = {properties.message_id: properties for _, properties in parked(channel)}
+    death = (found["bad-2"].headers or {})["x-death"][0]
+    assert (death["queue"], death["reason"]) == ("tasks", "rejected")
+    eventually(lambda: size(channel, "tasks.retry") + len(found) == 4, "none is lost")
+
+
+# --- The log, health and figures ---
+
+
+def test_each_event_is_one_line_with_time_level_and_message_id(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """A failure has its traceback in the same line. What comes from outside cannot begin a line of
+    its own."""
+    doing = worker(scripts)
+    put(channel, "two\nlines \x1b[31m", -1)
+    doing.expect_error(re.compile(r".*failed \(3 of 3\).*"))
+    put_body(channel, b"no id")
+    doing.expect_error(event("failed (1 of 3), goes to tasks.parked"))
+    lines = [line.replace(r"two\nlines \x1b[31m", "id") for line in doing.err.seen]
+    assert all(EVENT.fullmatch(line) for line in lines)
+    [line] = [line for line in lines if "(2 of 3)" in line]
+    level, its_id, text = EVENT.fullmatch(line).groups()  # type: ignore[union-attr]
+    assert (level, its_id) == ("WARNING", "id")
+    assert text.startswith("failed (2 of 3), goes to tasks.retry: ValueError(")
+    assert r"\nTraceback (most recent call last):\n  File " in text
+    assert r"in work\n    time.sleep" in text
+    assert doing.out.seen == []
+
+
+def ask(port: str, path: str) -> int:
+    """Return the status of an answer, or 0 if nobody answers."""
+    try:
+        return requests.get(f"http://127.0.0.1:{port}/{path}", timeout=5).status_code
+    except requests.ConnectionError:
+        return 0
+
+
+def figures(port: str) -> dict[str, float]:
+    """Return the figures of a worker by their names."""
+    text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+    rows = (line.rpartition(" ") for line in text.splitlines() if line.startswith("worker_"))
+    return {name: float(value) for name, _, value in rows}
+
+
+def test_health_and_figures_are_true(own_broker: Broker, scripts: Scripts, amqp_url: str) -> None:
+    """Ready while it consumes, and not while RabbitMQ is away or while it stops; alive all the
+    time. The figures count what was done, failed and parked. The log says in one line that
+    RabbitMQ is away, and pika adds nothing."""
+    port = str(free_port())
+    doing = worker(scripts, "--port", port)
+    assert (ask(port, "livez"), ask(port, "readyz"), ask(port, "nothing")) == (200, 200, 404)
+    names = [f'worker_tasks_total{{result="{result}"}}' for result in ("done", "failed", "parked")]
+    assert [figures(port)[name] for name in names] == [0, 0, 0]
+    with connection_to(amqp_url) as channel:
+        for i in range(4):
+            put(channel, f"good-{i}", 0.1)
+        put(channel, "bad", -1)
+        put_body(channel, b"no task")
+    doing.expect_error(event("failed (3 of 3)", "bad"))
+    eventually(lambda: [figures(port)[name] for name in names] == [4, 2, 2], "4, 2, 2")
+    assert figures(port)["worker_task_seconds_count"] == 8
+    assert 0.4 <= figures(port)["worker_task_seconds_sum"] < 2
+
+    own_broker.sync()
+    own_broker.stop()
+    try:
+        doing.expect_error(event("no connection"))
+        assert (ask(port, "livez"), ask(port, "readyz")) == (200, 503)
+    finally:
+        own_broker.start()
+    doing.expect_error(event("waiting for tasks"), count=2)
+    eventually(lambda: ask(port, "readyz") == 200, "it is ready again", timeout=2)
+    assert all(EVENT.fullmatch(line) for line in doing.err.seen)
+    errors = [line.partition(" ")[2] for line in doing.err.seen if " ERROR " in line]
+    assert all(line.startswith("ERROR - no connection; trying again") for line in errors)
+    assert all(one != next_one for one, next_one in pairwise(errors)), "no trouble is said twice"
+
+    with connection_to(amqp_url) as channel:
+        put(channel, "last", 1)
+    doing.expect_error(event("begins", "last"))
+    doing.process.send_signal(signal.SIGTERM)
+    doing.expect_error(event("stopping"))
+    assert (ask(port, "livez"), ask(port, "readyz")) == (200, 503)
+    assert doing.wait() == 0
+
+
+def changed(folder: Path, old: str, new: str) -> Path:
+    """Write a copy of the worker in which pika's thread is found stuck after half a second."""
+    text = (ROOT / WORKER).read_text(encoding="utf-8")
+    assert text.count(old) == text.count("ALIVE = 60") == 1
+    path = folder / "worker.py"
+    path.write_text(text.replace(old, new).replace("ALIVE = 60", "ALIVE = 0.5"), encoding="utf-8")
+    return path
+
+
+def test_a_long_task_is_alive_and_a_stuck_thread_of_pika_is_not(
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """In a copy of the worker, the work is done in pika's thread, where it does not belong."""
+    in_second_thread = "executor.submit(do, properties, body)"
+    for where, answer in (
+        (in_second_thread, 200),
+        ("executor.submit(time.sleep, do(properties, body) or 0)", 503),
+    ):
+        port = str(free_port())
+        script = changed(tmp_path, in_second_thread, where)
+        doing = worker(scripts, "--port", port, script=script)
+        put(channel, "long", 2)
+        doing.expect_error(event("begins", "long"))
+        time.sleep(1)
+        assert ask(port, "livez") == answer
+        doing.expect_error(event("done", "long"))
+        eventually(lambda: ask(port, "livez") == 200, "it is alive again")  # noqa: B023
+        doing.kill()
+
+
+def test_a_worker_that_waits_for_a_confirm_is_alive(
+    scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """A RabbitMQ that confirms nothing for a while (in an alarm, say) is no reason to restart the
+    worker: that would count as a failed delivery of its task."""
+    with closing(Proxy(scripts.amqp_url, lambda i, to_broker: to_broker or i != ACK)) as proxy:
+        port = str(free_port())
+        script = changed(tmp_path, "TRIES = 3", "TRIES = 3")
+        doing = worker(scripts, "--port", port, script=script, amqp_url=proxy.url)
+        put(channel, "bad", -1)
+        doing.expect_error(event("failed", "bad"))
+        time.sleep(1)
+        assert ask(port, "livez") == 200
+
+
+# --- Settings belong to RabbitMQ ---
+
+
+def test_settings_change_while_everything_runs(
+    broker: Broker, amqp_url: str, scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """The delay between two tries, the delivery limit, and the queue for dead letters: a policy
+    changes each, and no script is changed or ends."""
+    doing = worker(scripts)
+
+    def tries() -> int:
+        """Send a task that fails, and return how often it is tried within a second."""
+        channel.queue_purge("tasks.retry")
+        task = f"task-{time.monotonic_ns()}"
+        put(channel, task, -1)
+        doing.expect_error(event("failed (1 of 3)", task))
+        with suppress(AssertionError):
+            doing.expect_error(event("failed (3 of 3)", task), timeout=1)
+        return events([doing], "begins")[task]
+
+    assert tries() == 3
+    set_policy(broker, amqp_url, "tasks.retry", **{"message-ttl": 600_000})
+    eventually(lambda: tries() == 1, "a failed task waits for ten minutes")
+    set_policy(broker, amqp_url, "tasks.retry", **{"message-ttl": 100})
+    eventually(lambda: tries() == 3, "a failed task is tried again at once")
+    assert events([doing], "waiting for tasks") == {"-": 1}
+
+    channel.queue_declare("elsewhere", durable=True, arguments={"x-queue-type": "quorum"})
+    elsewhere = {"dead-letter-routing-key": "elsewhere", "delivery-limit": 1}
+    set_policy(broker, amqp_url, "tasks", **elsewhere)
+    put(channel, "deadly", 60)
+    doing.expect_error(event("begins", "deadly"))
+    second = worker(scripts)
+    doing.kill()
+    second.expect_error(event("begins (redelivered)", "deadly"))
+    second.kill()
+    eventually(lambda: size(channel, "elsewhere") == 1, "it is where the policy says")
+
+
+def test_each_setting_in_the_definitions_is_a_policy() -> None:
+    """The only argument of the queues is their type, which cannot be a policy. No user and no
+    password is in the file, and no script declares a queue."""
+    assert {str(queue["arguments"]) for queue in DEFINITIONS["queues"]} == {
+        "{'x-queue-type': 'quorum'}"
+    }
+    assert DEFINITIONS.keys() == {"vhosts", "queues", "policies"}
+    for script in ("worker.py", "new_task.py"):
+        assert "queue_declare" not in (ROOT / "service" / script).read_text()
+
+
+# --- Mistakes at the start ---
+
+
+@pytest.mark.parametrize("script", ["worker.py", "new_task.py"])
+def test_a_mistake_is_one_line_without_the_password(
+    scripts: Scripts, tmp_path: Path, script: str
+) -> None:
+    """The address may come from a file, so that it is not in the environment. A wrong password, a
+    malformed address, a missing file: one line, exit status 1, and never the password."""
+    arguments = ["report"] if script == "new_task.py" else []
+    good, wrong, bad = tmp_path / "good", tmp_path / "wrong", tmp_path / "bad"
+    good.write_text(f"{scripts.amqp_url}\n")
+    wrong.write_text(replaced(scripts.amqp_url, user=f"guest:{SECRET}"))
+    bad.write_text(f"amqp://guest:{SECRET}@localhost:70000/")
+    for file, cause in (
+        (wrong, "ACCESS_REFUSED"),
+        (bad, "AMQP_URL must look like"),
+        (tmp_path / "none", "No such file"),
+    ):
+        with scripts.environment(AMQP_URL_FILE=str(file)):
+            ended = scripts.run(f"service/{script}", *arguments, status=1)
+        [line] = ended.err.seen
+        assert cause in line
+        assert SECRET not in line
+    with scripts.environment(AMQP_URL_FILE=str(good)):
+        nowhere = replaced(scripts.amqp_url, port=free_port())
+        started = scripts.start(f"service/{script}", *arguments, amqp_url=nowhere)
+        if arguments:
+            assert started.wait() == 0
+        else:
+            started.expect_error(event("waiting for tasks"))
+
+
+def test_a_port_that_is_taken_is_one_line(scripts: Scripts) -> None:
+    """The worker does not go on without its health."""
+    port = str(free_port())
+    worker(scripts, "--port", port)
+    [line] = scripts.run(WORKER, "--port", port, status=1).err.seen
+    assert "Address already in use" in line
+    for wrong in ("--grace=0", "--prefetch=0", "--port=70000", "more"):
+        usage = scripts.run(WORKER, wrong, status=2)
+        assert usage.err.seen[0].startswith("usage: worker.py")
