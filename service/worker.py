@@ -260,7 +260,7 @@ def connect():
     raise AMQPConnectionError(f"No RabbitMQ accepts us: {'; '.join(answers)}")
 
 
-URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika does not insist on a host
+URL = "amqps?://([^@/?#]*@)?[^@/?#:][^@/?#]*([/?][^@#]*)?"  # pika would take one without a host
 EXAMPLE = "amqp://user:password@host:5672/virtual_host"
 
 
