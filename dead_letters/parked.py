@@ -97,7 +97,7 @@ def as_list(header):
 
 
 def printable(text):
-    """Return the text in one line: a line end is shown as \n, and so on."""
+    """Return the text in one line, with escapes for line ends and other control characters."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

@@ -128,14 +128,14 @@ def as_list(header):
 
 
 def printable(text):
-    """Return the text in one line: a line end is shown as \n, and so on."""
+    """Return the text in one line, with escapes for line ends and other control characters."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def number_of_tries(text):
     """Return the number, if it makes sense."""
     if not 1 <= int(text) <= 100:
-        raise ValueError
+        raise argparse.ArgumentTypeError("must be from 1 to 100")
     return int(text)
 
 

@@ -5,12 +5,9 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
-from collections import deque
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
-from queue import SimpleQueue
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl+C and kill end the script at once
@@ -25,50 +22,40 @@ def main(channel, options):
 
     # RabbitMQ sends us this many tasks before it waits for our acknowledgements.
     channel.basic_qos(prefetch_count=options.prefetch)
-    on_task = partial(do_task if options.in_callback else hand_over, options)
+    done = []  # the delivery tags of tasks that are done, and that we will acknowledge together
     channel.basic_consume(
-        queue="task_queue", on_message_callback=on_task, auto_ack=options.auto_ack
+        queue="task_queue",
+        on_message_callback=partial(on_task, options, done),
+        auto_ack=options.auto_ack,
     )
     print(" [*] Waiting for tasks. To exit press CTRL+C")
-    if not worker.is_alive():  # start it once: it goes on working while we reconnect
-        worker.start()
 
 
-def hand_over(*task):
-    tasks.put(task)  # to the thread that works. pika's thread goes on, and sends heartbeats.
-
-
-def do_tasks():
-    try:
-        while True:
-            do_task(*tasks.get())
-    except BaseException as error:  # the output is closed or full, for example
-        try:
-            print(f" [!] {error}", file=sys.stderr)
-        finally:  # standard error may be closed, too
-            os._exit(1)
-
-
-def do_task(options, channel, method, properties, body):
-    if channel.is_closed and not options.auto_ack:
-        return  # RabbitMQ has put this task back into its queue, for another worker or for us
+def on_task(options, done, channel, method, properties, body):
     text = body.decode(errors="surrogateescape")
     print(f" [x] Received {text!r}" + (" (redelivered)" if method.redelivered else ""))
-    failed = False
-    try:
-        work(text)
-    except BaseException as error:  # also SystemExit, which would end this thread
-        failed = True
+    job = executor.submit(work, text)  # another thread does the work
+    while not options.in_callback and wait([job], timeout=0.1).not_done:
+        acknowledge(channel, done)  # the tasks before this one
+        channel.connection.process_data_events()  # pika sends heartbeats
+    error = job.exception()  # if the work is not done yet, this waits
+    if error:
         print(f" [!] {text!r} failed: {error!r}", file=sys.stderr)
-        time.sleep(1)  # otherwise a task that always fails would be tried without a pause
+        channel.connection.sleep(1)  # otherwise it would be tried again and again without a pause
     else:
         print(" [x] Done")
     if options.auto_ack or options.forget_ack:
         return
-    finished.append((options, channel, method, properties, body, failed))
-    with suppress(AMQPError):  # if the connection is lost, the task is in its queue again
-        # Only pika's thread may use the channel. This asks it to call `answer`.
-        channel.connection.add_callback_threadsafe(answer)
+    if error and not put_back(options, channel, properties, body):
+        return
+    done.append(method.delivery_tag)
+    if len(done) >= options.prefetch / 2:
+        acknowledge(channel, done)
+    elif len(done) == 1:  # wait ten milliseconds for more of them
+        channel.connection.call_later(0.01, partial(acknowledge, channel, done))
+
+
+executor = ThreadPoolExecutor(max_workers=1)
 
 
 def work(text):
@@ -77,18 +64,13 @@ def work(text):
         time.sleep(1)
 
 
-def answer():
-    """Acknowledge the tasks that are done. Put back those that have failed."""
-    tags = []
-    while finished:
-        options, channel, method, properties, body, failed = finished.popleft()
-        if channel.is_open and (not failed or put_back(options, channel, properties, body)):
-            tags.append(method.delivery_tag)
-    if tags and len(channel.consumer_tags) == 1:
-        channel.basic_ack(delivery_tag=tags[-1], multiple=True)  # this task and all before it
-    else:  # an earlier task must stay unacknowledged: put_back has kept it
-        for tag in tags:
+def acknowledge(channel, done):
+    if done and len(channel.consumer_tags) == 1:
+        channel.basic_ack(delivery_tag=done[-1], multiple=True)  # this task and all before it
+    else:  # put_back has kept a task before it, which must stay unacknowledged
+        for tag in done:
             channel.basic_ack(delivery_tag=tag)
+    done.clear()
 
 
 def put_back(options, channel, properties, body):
@@ -105,20 +87,15 @@ def put_back(options, channel, properties, body):
         if channel.is_closed:
             raise  # the connection is lost, so the task is in its queue again
         print(f" [!] RabbitMQ does not take it back, so we keep it: {error!r}", file=sys.stderr)
-        main(channel, options)  # subscribe again, because the task takes a place of the prefetch
+        main(channel, options)  # a second consumer: this task uses up one place of the first one
         return False
     return True
-
-
-tasks = SimpleQueue()  # from pika's thread to the thread that works
-finished = deque()  # and back
-worker = threading.Thread(target=do_tasks, daemon=True)
 
 
 def prefetch_count(text):
     """Return the number. AMQP has 16 bits for it."""
     if not 0 <= int(text) <= 65535:
-        raise ValueError
+        raise argparse.ArgumentTypeError("must be from 0 to 65535")
     return int(text)
 
 
