@@ -27,9 +27,10 @@ def main(channel, options):
 
 
 def on_message(channel, method, properties, body):
-    # The body is bytes. Those that are not UTF-8 text are shown as \xe9 and the like.
-    text = body.decode(errors="backslashreplace")
-    print(f" [x] Received '{text}'")
+    # The body is bytes. Those that are not UTF-8 text become characters such as \udce9.
+    # !r adds the quotes, and escapes such characters, line ends and all that is not printable.
+    text = body.decode(errors="surrogateescape")
+    print(f" [x] Received {text!r}")
 
 
 parser = argparse.ArgumentParser(description=__doc__)

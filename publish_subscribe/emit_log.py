@@ -26,7 +26,7 @@ def main():
 
         # Wait until RabbitMQ has read it all. If it refuses something, close() raises an error.
         channel.close()
-    print(f" [x] Sent '{message}'")
+    print(f" [x] Sent {message!r}")
 
 
 parser = argparse.ArgumentParser(description=__doc__)

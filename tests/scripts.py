@@ -19,42 +19,45 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote, urlsplit
 
-from tools import ROOT, TIMEOUT, environment
-from tools.broker import Broker, virtual_host_of
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.spec import BasicProperties
 
-PRODUCERS = [
-    "hello_world/send.py",
-    "work_queues/new_task.py",
-    "publish_subscribe/emit_log.py",
-    "routing/emit_log_direct.py",
-    "topics/emit_log_topic.py",
-    "rpc/rpc_client.py",
-]
+from tools import ROOT, TIMEOUT, environment
+from tools.broker import Broker, eventually, virtual_host_of
+
+SEND, RECEIVE = "hello_world/send.py", "hello_world/receive.py"
+NEW_TASK, WORKER = "work_queues/new_task.py", "work_queues/worker.py"
+EMIT_LOG, RECEIVE_LOGS = "publish_subscribe/emit_log.py", "publish_subscribe/receive_logs.py"
+EMIT_DIRECT, RECEIVE_DIRECT = "routing/emit_log_direct.py", "routing/receive_logs_direct.py"
+EMIT_TOPIC, RECEIVE_TOPIC = "topics/emit_log_topic.py", "topics/receive_logs_topic.py"
+RPC_CLIENT, RPC_SERVER = "rpc/rpc_client.py", "rpc/rpc_server.py"
+NEW_TASKS = "publisher_confirms/new_tasks.py"
+NEW_FILE, FILE_WORKER = "dead_letters/new_task.py", "dead_letters/worker.py"
+PARKED = "dead_letters/parked.py"
+
+LOGS_WAITING = " [*] Waiting for logs. To exit press CTRL+C"
+TASKS_WAITING = " [*] Waiting for tasks. To exit press CTRL+C"
 CONSUMERS = {  # and what each of them prints when it consumes
-    "hello_world/receive.py": " [*] Waiting for messages. To exit press CTRL+C",
-    "work_queues/worker.py": " [*] Waiting for tasks. To exit press CTRL+C",
-    "publish_subscribe/receive_logs.py": " [*] Waiting for logs. To exit press CTRL+C",
-    "routing/receive_logs_direct.py": " [*] Waiting for logs. To exit press CTRL+C",
-    "topics/receive_logs_topic.py": " [*] Waiting for logs. To exit press CTRL+C",
-    "rpc/rpc_server.py": " [x] Awaiting RPC requests",
-    "dead_letters/worker.py": " [*] Waiting for tasks. To exit press CTRL+C",
+    RECEIVE: " [*] Waiting for messages. To exit press CTRL+C",
+    WORKER: TASKS_WAITING,
+    RECEIVE_LOGS: LOGS_WAITING,
+    RECEIVE_DIRECT: LOGS_WAITING,
+    RECEIVE_TOPIC: LOGS_WAITING,
+    RPC_SERVER: " [x] Awaiting RPC requests",
+    FILE_WORKER: TASKS_WAITING,
 }
-OTHERS = [  # the last two do nothing before a worker has declared the queues
-    "publisher_confirms/new_tasks.py",
-    "dead_letters/new_task.py",
-    "dead_letters/parked.py",
-]
-NEEDED = {  # the arguments that a script cannot do without
-    "routing/receive_logs_direct.py": ["info"],
-    "topics/receive_logs_topic.py": ["#"],
-    "dead_letters/new_task.py": ["README.md"],
-}
-SCRIPTS = [*PRODUCERS, *CONSUMERS, *OTHERS]
+PRODUCERS = [SEND, NEW_TASK, EMIT_LOG, EMIT_DIRECT, EMIT_TOPIC, RPC_CLIENT, NEW_FILE, PARKED]
+SCRIPTS = [*CONSUMERS, *PRODUCERS, NEW_TASKS]  # the last one has plumbing of its own
+# One of each shape. What all have to the letter need not be tried on all.
+SHAPES = [RECEIVE, RECEIVE_LOGS, WORKER, RPC_SERVER, SEND, RPC_CLIENT]
+NEEDED = {RECEIVE_DIRECT: ["info"], RECEIVE_TOPIC: ["#"], NEW_FILE: ["README.md"]}  # arguments
 SECRET = "s3cr3t-pässword"
 DONE = " [x] Done"  # a worker of lesson 2 or 8
 RECEIVED = re.compile(r" \[x\] Received '(.*?)'( \(redelivered\))?")
 PATIENCE = 30  # seconds without a single line, after which something has been lost or hangs
-NO_BROKER = " [!] No RabbitMQ answers (docker compose up -d starts one): "
+NO_BROKER = " [!] No RabbitMQ accepts us: "
+MALFORMED = " [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host"
+LOST = re.compile(r" \[!\] .+; trying again every second")
 
 
 class Lines:
@@ -136,12 +139,12 @@ class Script:
         self, stream: Lines, line: str | re.Pattern[str], count: int = 1, timeout: float = TIMEOUT
     ) -> None:
         """Wait until `line` has come in this stream, as a whole line, at least `count` times."""
-        pattern = re.compile(re.escape(line)) if isinstance(line, str) else line
+        is_it = line.__eq__ if isinstance(line, str) else line.fullmatch
 
         def enough(lines: list[str]) -> bool:
-            return sum(1 for seen in lines if pattern.fullmatch(seen)) >= count
+            return sum(1 for seen in lines if is_it(seen)) >= count
 
-        assert stream.wait_for(enough, timeout), f"{pattern.pattern!r} did not come from {self}"
+        assert stream.wait_for(enough, timeout), f"{str(line)[:500]} did not come from {self}"
 
     def wait(self, timeout: float = TIMEOUT) -> int:
         """Wait until the script ends, and return its exit status; -9 if it was killed."""
@@ -189,10 +192,22 @@ class Scripts:
     ) -> Script:
         """Start a script, by its path in the repository, and return it while it runs."""
         command = [sys.executable, ROOT / script, *arguments]
-        env = environment(amqp_url or self.amqp_url, **self._settings)
+        env = environment(self.amqp_url if amqp_url is None else amqp_url, **self._settings)
         started = Script(command, env, stdout=stdout)
         self.started.append(started)
         return started
+
+    def launch(
+        self,
+        *names: str,
+        amqp_url: str | None = None,
+        stdout: int | IO[bytes] = subprocess.PIPE,
+    ) -> dict[str, Script]:
+        """Start scripts side by side, each with the arguments that it cannot do without."""
+        return {
+            name: self.start(name, *NEEDED.get(name, []), amqp_url=amqp_url, stdout=stdout)
+            for name in names
+        }
 
     def run(
         self, script: str, *arguments: str | bytes, amqp_url: str | None = None, status: int = 0
@@ -243,10 +258,7 @@ class Crew:
     def complaints(self) -> list[str]:
         """Return what was printed on standard error, but for that RabbitMQ is away."""
         return [
-            line
-            for script in self.everyone
-            for line in script.err.seen
-            if not re.fullmatch(r" \[!\] .+; trying again every second", line)
+            line for script in self.everyone for line in script.err.seen if not LOST.fullmatch(line)
         ]
 
     def read(self) -> Iterator[tuple[int, str]]:
@@ -258,15 +270,10 @@ class Crew:
                 return
 
 
-def start(scripts: Scripts, name: str, amqp_url: str | None = None) -> Script:
-    """Start a script with the arguments that it needs."""
-    return scripts.start(name, *NEEDED.get(name, []), amqp_url=amqp_url)
-
-
 def stream_of(script: Script) -> tuple[Lines, str]:
     """Return the stream in which a consumer says that it waits, and the line that says so."""
     line = next(line for path, line in CONSUMERS.items() if Path(path).name == script.path.name)
-    return (script.err if "logs" in line else script.out), line
+    return (script.err if line == LOGS_WAITING else script.out), line
 
 
 def expect_waiting(script: Script, count: int = 1) -> None:
@@ -276,11 +283,28 @@ def expect_waiting(script: Script, count: int = 1) -> None:
     expect(line, count=count, timeout=30)
 
 
-def consumer(scripts: Scripts, name: str, amqp_url: str | None = None) -> Script:
+def consumer(
+    scripts: Scripts, name: str, *arguments: str | bytes, amqp_url: str | None = None
+) -> Script:
     """Start a consumer and wait until it consumes."""
-    started = start(scripts, name, amqp_url)
+    started = scripts.start(name, *(arguments or NEEDED.get(name, [])), amqp_url=amqp_url)
     expect_waiting(started)
     return started
+
+
+def received(text: str, redelivered: bool = False) -> str:
+    """Return what a receiver or a worker prints when it gets this text."""
+    return f" [x] Received {text!r}" + " (redelivered)" * redelivered
+
+
+def take(channel: BlockingChannel, queue: str) -> tuple[BasicProperties, bytes]:
+    """Wait for a message in a queue, take it out, and return its properties and its body."""
+    found = eventually(
+        lambda: [got for got in [channel.basic_get(queue, auto_ack=True)] if got[0]],
+        f"a message comes in {queue}",
+    )
+    _method, properties, body = found[0]
+    return properties, body
 
 
 def one_line(script: Script) -> str:

@@ -142,6 +142,7 @@ def name(document: Path) -> str:
 CLUSTER = ROOT / "cluster" / "README.md"
 SECURITY = ROOT / "security" / "README.md"
 PROJECTS: dict[Path, type[Cluster | Secure]] = {CLUSTER: Cluster, SECURITY: Secure}
+each_lesson = pytest.mark.parametrize("document", lessons(), ids=name)
 each_document = pytest.mark.parametrize("document", [README, *lessons()], ids=name)
 
 
@@ -184,17 +185,18 @@ def test_the_addresses_of_the_cluster_are_those_of_its_nodes() -> None:
     assert f"\n{line}\n" in CLUSTER.read_text()
 
 
-@each_document
+@each_lesson
 def test_what_the_excerpts_show_is_in_the_scripts(document: Path) -> None:
     """Each block of Python, YAML or bash stands, line for line, in a file of its folder."""
     folder = document.parent
     patterns = ("*.py", "*/*.py", "*.yml", "*.sh")
     files = [path for pattern in patterns for path in folder.glob(pattern)]
     scripts = [path.read_text() for path in files]
-    for block in blocks(document):
-        if block.language in ("python", "yaml", "bash"):
-            assert block.source.strip()
-            assert any(has_excerpt(script, block.source) for script in scripts), block
+    excerpts = [block for block in blocks(document) if block.language in ("python", "yaml", "bash")]
+    assert excerpts
+    for block in excerpts:
+        assert block.source.strip()
+        assert any(has_excerpt(script, block.source) for script in scripts), block
 
 
 @each_document
@@ -221,7 +223,7 @@ def test_each_link_leads_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
-@pytest.mark.parametrize("document", lessons(), ids=name)
+@each_lesson
 def test_the_demo_plays_a_part_of_each_lesson(document: Path) -> None:
     """Each lesson has a section for the demo. It needs no Docker, but for those that
     start a RabbitMQ of their own."""

@@ -1,7 +1,8 @@
 """The published scripts and ours may stand on either end of each other's queues and exchanges.
 
 The published scripts ask for quorum queues, so this holds where queues are quorum queues by
-default. The test plays the part of a published script: with its declarations and its messages.
+default. The test plays the part of a published script: with its declarations and its messages, as
+they are in rabbitmq/rabbitmq-tutorials, python/, at commit 8aec600.
 """
 
 from __future__ import annotations
@@ -14,8 +15,25 @@ import pika
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.scripts import Scripts, expect_waiting
-from tools.broker import Broker, eventually
+from tests.scripts import (
+    EMIT_DIRECT,
+    EMIT_LOG,
+    EMIT_TOPIC,
+    NEW_TASK,
+    RECEIVE,
+    RECEIVE_DIRECT,
+    RECEIVE_LOGS,
+    RECEIVE_TOPIC,
+    RPC_CLIENT,
+    RPC_SERVER,
+    SEND,
+    WORKER,
+    Scripts,
+    consumer,
+    received,
+    take,
+)
+from tools.broker import Broker
 
 
 @pytest.fixture
@@ -58,31 +76,31 @@ class Pair:
 
 PAIRS = [
     Pair(
-        "hello_world/send.py",
-        "hello_world/receive.py",
+        SEND,
+        RECEIVE,
         queue="hello",
-        shows=" [x] Received 'Hello World!'",
+        shows=received("Hello World!"),
     ),
     Pair(
-        "work_queues/new_task.py",
-        "work_queues/worker.py",
+        NEW_TASK,
+        WORKER,
         queue="task_queue",
         says=("a", "task"),
         body="a task",
-        shows=" [x] Received 'a task'",
+        shows=received("a task"),
         persistent=True,
     ),
     Pair(
-        "publish_subscribe/emit_log.py",
-        "publish_subscribe/receive_logs.py",
+        EMIT_LOG,
+        RECEIVE_LOGS,
         exchange="logs",
         exchange_type="fanout",
         body="info: Hello World!",
         shows=" [x] info: Hello World!",
     ),
     Pair(
-        "routing/emit_log_direct.py",
-        "routing/receive_logs_direct.py",
+        EMIT_DIRECT,
+        RECEIVE_DIRECT,
         exchange="direct_logs",
         exchange_type="direct",
         key="info",
@@ -90,8 +108,8 @@ PAIRS = [
         shows=" [x] info:Hello World!",
     ),
     Pair(
-        "topics/emit_log_topic.py",
-        "topics/receive_logs_topic.py",
+        EMIT_TOPIC,
+        RECEIVE_TOPIC,
         exchange="topic_logs",
         exchange_type="topic",
         key="anonymous.info",
@@ -103,28 +121,13 @@ PAIRS = [
 each_pair = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.producer)
 
 
-def take(channel: BlockingChannel, queue: str) -> tuple[pika.BasicProperties, bytes]:
-    """Wait for a message in a queue, and return it."""
-    found: list[tuple[pika.BasicProperties, bytes]] = []
-
-    def is_there() -> bool:
-        method, properties, body = channel.basic_get(queue, auto_ack=True)
-        if method and properties:
-            found.append((properties, body or b""))
-        return bool(method)
-
-    eventually(is_there, f"a message comes in {queue}")
-    return found[0]
-
-
 @each_pair
 def test_ours_receives_what_theirs_sends(
     scripts: Scripts, channel: BlockingChannel, pair: Pair
 ) -> None:
     """The published script is the producer, and has made its declarations before ours."""
     pair.declare(channel)
-    ours = scripts.start(pair.consumer, *pair.wants)
-    expect_waiting(ours)
+    ours = consumer(scripts, pair.consumer, *pair.wants)
     pair.declare(channel)
     channel.basic_publish(
         exchange=pair.exchange,
@@ -149,8 +152,7 @@ def test_theirs_receives_what_ours_sends(
 
 def test_our_server_answers_their_client(scripts: Scripts, channel: BlockingChannel) -> None:
     """Its request has an address for the answer and a correlation id, and no type."""
-    server = scripts.start("rpc/rpc_server.py")
-    expect_waiting(server)
+    consumer(scripts, RPC_SERVER)
     callback_queue = channel.queue_declare(queue="", exclusive=True).method.queue
     properties = pika.BasicProperties(reply_to=callback_queue, correlation_id="theirs")
     channel.basic_publish(exchange="", routing_key="rpc_queue", properties=properties, body=b"10")
@@ -161,7 +163,7 @@ def test_our_server_answers_their_client(scripts: Scripts, channel: BlockingChan
 def test_their_server_answers_our_client(scripts: Scripts, channel: BlockingChannel) -> None:
     """Its answer has the correlation id of the request, and no type."""
     channel.queue_declare(queue="rpc_queue", durable=True, arguments={"x-queue-type": "quorum"})
-    client = scripts.start("rpc/rpc_client.py")
+    client = scripts.start(RPC_CLIENT)
     request, body = take(channel, "rpc_queue")
     assert body == b"30"
     channel.basic_publish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,39 +16,49 @@ from pika.adapters.blocking_connection import BlockingChannel
 from tests.proxy import ACK, Proxy
 from tests.scripts import (
     CONSUMERS,
-    NEEDED,
-    OTHERS,
-    PRODUCERS,
-    SCRIPTS,
+    EMIT_LOG,
+    FILE_WORKER,
+    LOGS_WAITING,
+    LOST,
+    NEW_TASK,
+    RECEIVE,
+    RECEIVE_LOGS,
+    RPC_CLIENT,
+    RPC_SERVER,
+    SEND,
+    SHAPES,
+    WORKER,
     Script,
     Scripts,
     consumer,
     full_pipe,
-    replaced,
-    start,
+    received,
 )
 from tools import ROOT, TIMEOUT, environment
-from tools.broker import eventually, free_port
+from tools.broker import eventually
 
-LOGS = [name for name in CONSUMERS if "logs" in name]  # they say on standard error that they wait
+NOBODY = "amqp://localhost:1"
+CONSUMING = [name for name in SHAPES if name in CONSUMERS]
+PRODUCING = [name for name in SHAPES if name not in CONSUMERS]
 each_signal = pytest.mark.parametrize(
     "how", [signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name
 )
 
 
 def ends_at_once(script: Script, how: signal.Signals) -> None:
-    """Stop a script: within a second, with the right status, and without another word."""
+    """Stop a script: within a second, with the right status, and without another word. A shell
+    shows a producer's as 130 or 143: it ends by the signal itself."""
     complaints = len(script.err.seen)
     assert script.stop(how) < 1, str(script)
     is_consumer = str(script.path.relative_to(ROOT)) in CONSUMERS
-    assert script.process.returncode == (0 if is_consumer else 128 + how)
+    assert script.process.returncode == (0 if is_consumer else -how)
     assert script.err.seen[complaints:] == []
 
 
 @each_signal
 def test_an_idle_consumer_ends_at_once(scripts: Scripts, how: signal.Signals) -> None:
     """Within a second, with nothing on standard error and exit status 0."""
-    for script in [consumer(scripts, name) for name in CONSUMERS]:
+    for script in [consumer(scripts, name) for name in (RECEIVE, WORKER)]:
         ends_at_once(script, how)
 
 
@@ -56,11 +67,24 @@ def test_a_consumer_that_waits_for_a_broker_ends_at_once(
     scripts: Scripts, how: signal.Signals
 ) -> None:
     """The same while there is no broker."""
-    nobody = replaced(scripts.amqp_url, port=free_port())
-    for script in [start(scripts, name, nobody) for name in CONSUMERS]:
-        assert script.err.wait_for(bool, timeout=15)
+    script = scripts.start(RECEIVE, amqp_url=NOBODY)
+    script.expect_error(LOST)
+    ends_at_once(script, how)
+
+
+@each_signal
+def test_a_script_that_is_still_starting_ends_at_once(
+    scripts: Scripts, how: signal.Signals, tmp_path: Path
+) -> None:
+    """Ctrl+C works from the first moment, also while pika is imported, which takes a while."""
+    (tmp_path / "pika.py").write_text(
+        "import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
+    )
+    with scripts.environment(PYTHONPATH=str(tmp_path)):
+        starting = scripts.launch(SEND, RECEIVE)
+    for script in starting.values():
+        script.expect_error("importing")
         ends_at_once(script, how)
-        assert len(script.err.seen) == 1
 
 
 @each_signal
@@ -69,10 +93,10 @@ def test_a_task_in_hand_goes_back_to_its_queue(
 ) -> None:
     """A worker and a server that are stopped in the middle of their work end within a second, and
     others get what they had."""
-    worker, server = (consumer(scripts, n) for n in ("work_queues/worker.py", "rpc/rpc_server.py"))
-    scripts.run("work_queues/new_task.py", "a long task..........")
-    client = scripts.start("rpc/rpc_client.py", "40", "--timeout", "60")
-    worker.expect(" [x] Received 'a long task..........'")
+    worker, server = (consumer(scripts, name) for name in (WORKER, RPC_SERVER))
+    scripts.run(NEW_TASK, "a long task..........")
+    client = scripts.start(RPC_CLIENT, "40", "--timeout", "60")
+    worker.expect(received("a long task.........."))
     server.expect(" [.] fib(40)")
     for script in (server, worker):
         ends_at_once(script, how)
@@ -89,11 +113,13 @@ def test_a_task_in_hand_goes_back_to_its_queue(
 def test_a_producer_that_waits_for_the_broker_ends_at_once(
     scripts: Scripts, how: signal.Signals
 ) -> None:
-    """A broker that hangs holds no script: it ends within a second, and has not said "Sent"."""
+    """A broker that hangs holds no script: it ends within a second, and has not said "Sent". A
+    second signal that follows at once changes nothing."""
     with closing(Proxy(scripts.amqp_url, lambda *_: False)) as silent:
-        producers = [start(scripts, name, silent.url) for name in PRODUCERS]
-        eventually(lambda: silent.connections == len(PRODUCERS), "the scripts connect")
+        producers = scripts.launch(*PRODUCING, amqp_url=silent.url).values()
+        eventually(lambda: silent.connections == len(producers), "the scripts connect")
         for script in producers:
+            script.process.send_signal(how)
             ends_at_once(script, how)
             assert script.out.seen == []
 
@@ -110,15 +136,14 @@ def test_new_task_ends_at_once_while_it_waits_for_the_confirm(
         return not held
 
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
-        script = scripts.start("work_queues/new_task.py", amqp_url=proxy.url)
+        script = scripts.start(NEW_TASK, amqp_url=proxy.url)
         eventually(lambda: held, "the broker confirms the task")
         ends_at_once(script, how)
     assert script.out.seen == []
 
 
-@each_signal
 def test_a_script_that_waits_for_a_name_server_ends_at_once(
-    scripts: Scripts, how: signal.Signals, tmp_path: Path
+    scripts: Scripts, tmp_path: Path
 ) -> None:
     """A name server that does not answer keeps no script from ending."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -130,10 +155,10 @@ def test_a_script_that_waits_for_a_name_server_ends_at_once(
         "socket.getaddrinfo = ask\n"
     )
     with scripts.environment(PYTHONPATH=str(tmp_path)):
-        asking = [start(scripts, name) for name in SCRIPTS if name != OTHERS[0]]  # it tells more
-    for script in asking:
+        asking = scripts.launch(SEND, RECEIVE)
+    for script in asking.values():
         script.expect_error("asking")
-        ends_at_once(script, how)
+        ends_at_once(script, signal.SIGINT)
 
 
 @each_signal
@@ -141,12 +166,27 @@ def test_a_second_signal_that_follows_at_once_changes_nothing(
     scripts: Scripts, how: signal.Signals
 ) -> None:
     """An impatient second Ctrl+C, however soon after the first, makes no traceback."""
+    for script in [consumer(scripts, name) for name in CONSUMING]:
+        script.process.send_signal(how)
+        ends_at_once(script, how)
+
+
+@pytest.mark.parametrize("name", [SEND, RPC_CLIENT])
+def test_ctrl_c_ends_the_loop_of_a_shell(scripts: Scripts, name: str) -> None:
+    """With `for … do python send.py; done`, Ctrl+C does not start the next send.py: bash sees that
+    the script has ended by the signal, which came to both, and ends, too."""
+    loop = f"for i in 1 2 3; do python {name}; done; echo not interrupted"
     with closing(Proxy(scripts.amqp_url, lambda *_: False)) as silent:
-        producers = [start(scripts, name, silent.url) for name in PRODUCERS * 3]
-        eventually(lambda: silent.connections == len(producers), "the scripts connect")
-        for script in [*producers, *(consumer(scripts, name) for name in CONSUMERS)]:
-            script.process.send_signal(how)
-            ends_at_once(script, how)
+        shell = Script(["bash", "-c", loop], environment(silent.url))
+        scripts.started.append(shell)
+        eventually(lambda: silent.connections, "the first script connects")
+        os.killpg(shell.process.pid, signal.SIGINT)  # as a terminal does
+        assert shell.wait() == -signal.SIGINT
+        assert silent.connections == 1
+    assert shell.out.seen == shell.err.seen == []
+
+
+# --- Output ---
 
 
 def is_stuck(script: Script) -> bool:
@@ -156,64 +196,85 @@ def is_stuck(script: Script) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc to see a script stuck")
-@each_signal
-def test_a_script_whose_output_is_stuck_ends_at_once(scripts: Scripts, how: signal.Signals) -> None:
+def test_a_script_whose_output_is_stuck_ends_at_once(scripts: Scripts) -> None:
     """A full pipe that nobody reads keeps no script from ending."""
-    serving = consumer(scripts, "rpc/rpc_server.py")
+    serving = consumer(scripts, RPC_SERVER)
     with full_pipe() as stuck:
-        running = {
-            name: scripts.start(name, *NEEDED.get(name, []), stdout=stuck)
-            for name in [*CONSUMERS, *PRODUCERS]
-        }
-        for name in LOGS:
-            running[name].expect_error(CONSUMERS[name])
-        for name in PRODUCERS[2:5]:
-            start(scripts, name)
+        running = scripts.launch(*SHAPES, stdout=stuck)
+        running[RECEIVE_LOGS].expect_error(LOGS_WAITING)
+        scripts.run(EMIT_LOG)
         for script in running.values():
             eventually(partial(is_stuck, script), f"{script} is stuck")
-            ends_at_once(script, how)
+            ends_at_once(script, signal.SIGINT)
     assert serving.process.poll() is None
 
 
 def test_output_that_fails_is_one_line(scripts: Scripts) -> None:
     """A disk that is full, or an output that is closed, is one line, and exit status 1."""
-    serving = consumer(scripts, "rpc/rpc_server.py")
+    serving = consumer(scripts, RPC_SERVER)
     with open("/dev/full", "wb") as full:
-        running = {
-            name: scripts.start(name, *NEEDED.get(name, []), stdout=full.fileno())
-            for name in [*CONSUMERS, *PRODUCERS]
-        }
-    for name in LOGS:
-        running[name].expect_error(CONSUMERS[name])
-    for name in PRODUCERS[2:5]:
-        start(scripts, name)
-    for name, script in running.items():
+        running = scripts.launch(*SHAPES, stdout=full.fileno())
+    running[RECEIVE_LOGS].expect_error(LOGS_WAITING)
+    scripts.run(EMIT_LOG)
+    for script in running.values():
         assert script.wait() == 1, str(script)
-        complaints = [line for line in script.err.seen if line != CONSUMERS.get(name)]
+        complaints = [line for line in script.err.seen if line != LOGS_WAITING]
         assert complaints == [" [!] [Errno 28] No space left on device"]
     assert serving.process.poll() is None
 
 
-def test_a_closed_output_is_one_line(scripts: Scripts) -> None:
-    """What the shell writes as `>&-`: the script cannot print, and says so."""
-    for name in SCRIPTS:
-        command = ["bash", "-c", '"$@" >&-', "-", sys.executable, name, *NEEDED.get(name, [])]
-        ended = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment(scripts.amqp_url),
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-        assert ended.returncode == 1
-        assert ended.stderr == " [!] [Errno 9] Bad file descriptor\n"
+def in_bash(name: str, redirection: str, amqp_url: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with its output as the shell writes it."""
+    return subprocess.run(
+        ["bash", "-c", f'"$@" {redirection}', "-", sys.executable, name],
+        cwd=ROOT,
+        env=environment(amqp_url),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "queue"),
-    [("work_queues/worker.py", "task_queue"), ("dead_letters/worker.py", "tasks")],
+    ("redirection", "told"),
+    [
+        (">&-", " [!] [Errno 9] Bad file descriptor\n"),
+        (">&- 2>&-", ""),
+        (">/dev/full 2>&1", ""),
+        (">/dev/full 2>&-", ""),
+    ],
 )
+def test_whatever_is_wrong_with_the_output_the_status_says_so(
+    scripts: Scripts, redirection: str, told: str
+) -> None:
+    """Standard output closed, both closed, both on a full disk: the exit status is 1."""
+    for name in (RECEIVE, SEND):
+        ended = in_bash(name, redirection, scripts.amqp_url)
+        assert (ended.returncode, ended.stderr) == (1, told)
+
+
+def test_a_file_has_only_log_lines_also_if_standard_error_is_closed(
+    scripts: Scripts, tmp_path: Path
+) -> None:
+    """With `2>&- > file`, "Waiting" and errors go nowhere, not into the file."""
+    file = tmp_path / "logs"
+    write_logs = f'exec "$@" 2>&- >{file}'
+    command = ["bash", "-c", write_logs, "-", sys.executable, RECEIVE_LOGS]
+    with closing(Proxy(scripts.amqp_url)) as proxy:
+        script = Script(command, environment(proxy.url))
+        scripts.started.append(script)
+
+        def log_comes(line: str) -> bool:
+            scripts.run(EMIT_LOG, line)
+            return line in file.read_text()
+
+        eventually(lambda: log_comes("before"), "the receiver writes")
+        proxy.cut()
+        eventually(lambda: log_comes("after"), "it writes again")
+    assert set(file.read_text().splitlines()) == {" [x] before", " [x] after"}
+
+
+@pytest.mark.parametrize(("name", "queue"), [(WORKER, "task_queue"), (FILE_WORKER, "tasks")])
 def test_a_worker_that_cannot_even_complain_ends(
     amqp_url: str, channel: BlockingChannel, name: str, queue: str
 ) -> None:

@@ -7,17 +7,8 @@ import re
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.scripts import Script, Scripts
+from tests.scripts import EMIT_TOPIC, RECEIVE_TOPIC, Scripts, consumer
 from tools import ROOT
-
-WAITING = " [*] Waiting for logs. To exit press CTRL+C"
-
-
-def receiver(scripts: Scripts, *binding_keys: str) -> Script:
-    """Start a receiver with these patterns, and wait until it waits for logs."""
-    started = scripts.start("topics/receive_logs_topic.py", *binding_keys)
-    started.expect_error(WAITING)
-    return started
 
 
 def table() -> tuple[list[str], dict[str, list[bool]]]:
@@ -39,7 +30,7 @@ def test_a_pattern_fits_what_the_lesson_says(scripts: Scripts, channel: Blocking
     """
     keys, patterns = table()
     assert {"*", "#", "*.*", "kern.#.critical"} <= patterns.keys()
-    receivers = {pattern: receiver(scripts, pattern) for pattern in patterns}
+    receivers = {pattern: consumer(scripts, RECEIVE_TOPIC, pattern) for pattern in patterns}
     for key in keys:
         channel.basic_publish(exchange="topic_logs", routing_key=key, body=b"a line")
     for pattern, fits in patterns.items():
@@ -54,32 +45,40 @@ def test_a_pattern_fits_what_the_lesson_says(scripts: Scripts, channel: Blocking
 
 def test_a_log_that_fits_several_patterns_comes_once(scripts: Scripts) -> None:
     """Patterns of one queue that overlap make no copies."""
-    started = receiver(scripts, "kern.*", "*.critical", "#")
-    scripts.run("topics/emit_log_topic.py", "kern.critical", "once")
-    scripts.run("topics/emit_log_topic.py", "a.b.c.d", "the end")
+    started = consumer(scripts, RECEIVE_TOPIC, "kern.*", "*.critical", "#")
+    scripts.run(EMIT_TOPIC, "kern.critical", "once")
+    scripts.run(EMIT_TOPIC, "a.b.c.d", "the end")
     started.expect(" [x] a.b.c.d:the end")
     assert started.out.seen == [" [x] kern.critical:once", " [x] a.b.c.d:the end"]
 
 
 def test_the_emitter_has_a_routing_key_and_a_message_of_its_own(scripts: Scripts) -> None:
     """Without arguments they are anonymous.info and Hello World!"""
-    started = receiver(scripts, "anonymous.info")
-    sent = scripts.run("topics/emit_log_topic.py").out.all()
+    started = consumer(scripts, RECEIVE_TOPIC, "anonymous.info")
+    sent = scripts.run(EMIT_TOPIC).out.all()
     assert sent == [" [x] Sent anonymous.info:Hello World!"]
     started.expect(" [x] anonymous.info:Hello World!")
 
 
-@pytest.mark.parametrize("script", ["emit_log_topic.py", "receive_logs_topic.py"])
+@pytest.mark.parametrize("script", [EMIT_TOPIC, RECEIVE_TOPIC])
 def test_a_key_of_more_than_255_bytes_is_one_line(scripts: Scripts, script: str) -> None:
     """The usage and one line say what is wrong, without a traceback; 255 bytes are fine."""
-    refused = scripts.run(f"topics/{script}", "a" * 256, status=2)
+    refused = scripts.run(script, "a" * 256, status=2)
     assert refused.err.all()[-1].endswith("_KEY: a routing key has at most 255 bytes")
-    started = receiver(scripts, "a" * 255)
-    scripts.run("topics/emit_log_topic.py", "a" * 255)
+    started = consumer(scripts, RECEIVE_TOPIC, "a" * 255)
+    scripts.run(EMIT_TOPIC, "a" * 255)
     started.expect(re.compile(r" \[x\] a{255}:Hello World!"))
 
 
 def test_without_a_pattern_a_receiver_prints_its_usage(scripts: Scripts) -> None:
     """It ends with status 2."""
-    refused = scripts.run("topics/receive_logs_topic.py", status=2)
+    refused = scripts.run(RECEIVE_TOPIC, status=2)
     assert refused.err.all()[0].startswith("usage: receive_logs_topic.py ")
+
+
+def test_a_log_is_one_line_whatever_it_contains(scripts: Scripts) -> None:
+    """Line ends and control characters are printed escaped, also those of a routing key."""
+    started = consumer(scripts, RECEIVE_TOPIC, "#")
+    sent = scripts.run(EMIT_TOPIC, "a\nb", "one\n [x] forged\x1b").out.seen
+    assert sent == [r" [x] Sent a\nb:one\n [x] forged\x1b"]
+    started.expect(r" [x] a\nb:one\n [x] forged\x1b")

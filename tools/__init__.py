@@ -15,4 +15,4 @@ def environment(amqp_url: str | None = None, **more: str) -> dict[str, str]:
     plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED", "AMQP_URL")}
     plain["PATH"] = f"{Path(sys.executable).parent}:{plain['PATH']}"  # `python` is this one
     plain |= {"PYTHONUTF8": "1"} | more
-    return plain | ({"AMQP_URL": amqp_url} if amqp_url else {})
+    return plain | ({} if amqp_url is None else {"AMQP_URL": amqp_url})

@@ -28,7 +28,12 @@ def main():
 
         # Wait until RabbitMQ has read it all. If it refuses something, close() raises an error.
         channel.close()
-    print(f" [x] Sent {options.routing_key}:{message}")
+    print(" [x] Sent", one_line(f"{options.routing_key}:{message}"))
+
+
+def one_line(text):
+    """Escape line ends and control characters as repr does it, but without its quotes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def routing_key(text):

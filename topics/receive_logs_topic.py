@@ -29,8 +29,13 @@ def main(channel, options):
 
 
 def on_log(channel, method, properties, body):
-    text = body.decode(errors="backslashreplace")
-    print(f" [x] {method.routing_key}:{text}")
+    text = body.decode(errors="surrogateescape")
+    print(" [x]", one_line(f"{method.routing_key}:{text}"))
+
+
+def one_line(text):
+    """Escape line ends and control characters as repr does it, but without its quotes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def routing_key(text):

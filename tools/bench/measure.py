@@ -53,7 +53,7 @@ class Table:
         return median(x / y for x, y in zip(self.figures[way], first, strict=True))
 
 
-class Script:
+class Counted:
     """A running Python script. Its output goes to a file, so that no reader slows it down."""
 
     def __init__(self, amqp_url: str, *command: str, line: str, feed: bool = False) -> None:
@@ -73,7 +73,7 @@ class Script:
             start_new_session=True,
         )
 
-    def __enter__(self) -> Script:
+    def __enter__(self) -> Counted:
         return self
 
     def __exit__(

@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 
 from tools import ROOT, environment
-from tools.bench.measure import Bench, Queue, Script, Table
+from tools.bench.measure import Bench, Counted, Queue, Table
 from tools.broker import Cluster, Container, NoBroker
 
 Part = Callable[[Bench], Iterator[Table]]
@@ -44,7 +44,7 @@ def send(queue: Queue, window: int, count: int, lines: bytes = b"", fresh: bool 
     before = queue.ready()
     lines = lines or b"".join(TASK % i for i in range(count))
     command = (NEW_TASKS, "--window", str(window))
-    with Script(queue.amqp_url, *command, line=" [x] Sent", feed=True) as script:
+    with Counted(queue.amqp_url, *command, line=" [x] Sent", feed=True) as script:
         script.feed(TASK % 0)
         queue.wait_for(before + 1)
         begin = time.perf_counter()
@@ -56,7 +56,7 @@ def send(queue: Queue, window: int, count: int, lines: bytes = b"", fresh: bool 
 def send_plainly(queue: Queue, count: int, *options: str) -> float:
     """Publish with plain.py."""
     queue.fresh()
-    with Script(queue.amqp_url, PLAIN, str(count), *options, line=" [.]") as script:
+    with Counted(queue.amqp_url, PLAIN, str(count), *options, line=" [.]") as script:
         begin, _ = script.wait_for(1)
         return count / (script.wait_for(2)[0] - begin)
 
@@ -71,7 +71,7 @@ def work(
     """Fill the queue, and let a worker do the tasks; time from the first to the last one."""
     if fill:
         queue.fill(count)
-    with Script(queue.amqp_url, *command, *options, line=" [x] Done") as worker:
+    with Counted(queue.amqp_url, *command, *options, line=" [x] Done") as worker:
         begin, done = worker.wait_for(1)
         end, all_done = worker.wait_for(count)
         return max(all_done - done, 1) / (end - begin)  # few tasks may be done by now
@@ -80,15 +80,15 @@ def work(
 def call(amqp_url: str, n: int, count: int, *options: str) -> float:
     """Call fib(n) with the class FibonacciRpcClient."""
     command = ("-m", "tools.bench.calls", str(n), str(count), *options)
-    with Script(amqp_url, *command, line=" [.]") as client:
+    with Counted(amqp_url, *command, line=" [.]") as client:
         begin, _ = client.wait_for(1)
         return count / (client.wait_for(2)[0] - begin)
 
 
-def log(amqp_url: str, receivers: list[Script], count: int) -> float:
+def log(amqp_url: str, receivers: list[Counted], count: int) -> float:
     """Publish log lines, and time until each receiver has printed all of them."""
     before = [receiver.count() for receiver in receivers]
-    with Script(amqp_url, PLAIN, str(count), "--exchange", "logs", line=" [.]") as emitter:
+    with Counted(amqp_url, PLAIN, str(count), "--exchange", "logs", line=" [.]") as emitter:
         begin, _ = emitter.wait_for(1)
         ends = [r.wait_for(b + count)[0] for r, b in zip(receivers, before, strict=True)]
         return count / (max(ends) - begin)
@@ -202,7 +202,9 @@ def rpc(bench: Bench) -> Iterator[Table]:
             """Start servers in a virtual host of their own, and return its URL."""
             url = stack.enter_context(bench.virtual_host(f"rpc-{kind}-{number}", kind))
             for _ in range(number):
-                server = stack.enter_context(Script(url, "rpc/rpc_server.py", line=" [x] Awaiting"))
+                server = stack.enter_context(
+                    Counted(url, "rpc/rpc_server.py", line=" [x] Awaiting")
+                )
                 server.wait_for(1)
             return url
 
@@ -246,7 +248,7 @@ def logs(bench: Bench) -> Iterator[Table]:
         for number, count in ((1, 5000), (2, 3000), (4, 1500), (8, 800)):
             url = stack.enter_context(bench.virtual_host(f"logs-{number}"))
             command = (url, "publish_subscribe/receive_logs.py")
-            receivers = [stack.enter_context(Script(*command, line=" [")) for _ in range(number)]
+            receivers = [stack.enter_context(Counted(*command, line=" [")) for _ in range(number)]
             for receiver in receivers:
                 receiver.wait_for(1)  # it waits for logs
             name = f"{number} receiver" + "s" * (number > 1)
@@ -270,7 +272,7 @@ def growth(bench: Bench) -> Iterator[Table]:
         for level in (1000, 100_000, 1_000_000):
             queue = stack.enter_context(bench.queue(f"growth-{level}"))
             count = n(level, 30)
-            with Script(queue.amqp_url, NEW_TASKS, line=" [x] Sent", feed=True) as script:
+            with Counted(queue.amqp_url, NEW_TASKS, line=" [x] Sent", feed=True) as script:
                 for i in range(0, count, 1000):
                     script.feed(b"".join(TASK % j for j in range(i, min(i + 1000, count))))
                 queue.wait_for(count)

@@ -36,10 +36,10 @@ def container_problem(image: str = IMAGE) -> str:
     return ""
 
 
-def compose_command(settings: dict[str, str], file: str) -> list[str]:
-    """Return the command that runs docker compose in this environment, with a file from here."""
+def compose_command(settings: dict[str, str], *files: str) -> list[str]:
+    """Return the command that runs docker compose in this environment, with files from here."""
     env = ["env", *(f"{name}={value}" for name, value in settings.items())]
-    return [*env, "docker", "compose", "--file", f"{ROOT}/{file}"]
+    return [*env, "docker", "compose", *(f"--file={ROOT}/{file}" for file in files)]
 
 
 def remains(project: str) -> list[str]:
@@ -53,9 +53,9 @@ def remains(project: str) -> list[str]:
 class Container(Broker):
     """A container of RABBITMQ_IMAGE, started by Docker Compose.
 
-    Without ports it has free ones, and it is a Compose project of its own, which is removed at
-    its end. With ports it is the reader's own project: its container is stopped at its end, and
-    keeps its data.
+    Without ports it has free ones, permits no more than the official image does, and is a Compose
+    project of its own, which is removed at its end. With ports it is the reader's own project: its
+    container is stopped at its end, and keeps its data.
     """
 
     owned = True
@@ -67,7 +67,9 @@ class Container(Broker):
             "RABBITMQ_PORT": str(port or free_port()),
             "RABBITMQ_MANAGEMENT_PORT": str(management_port or free_port()),
         }
+        files = ["docker-compose.yml"]
         if port is None:
+            files.append("tools/broker/strict.yml")
             settings |= {
                 "COMPOSE_PROJECT_NAME": f"tutorial-test-{settings['RABBITMQ_PORT']}",
                 "COMPOSE_PROGRESS": "plain",
@@ -78,7 +80,7 @@ class Container(Broker):
             f"http://127.0.0.1:{settings['RABBITMQ_MANAGEMENT_PORT']}",
         )
         self.settings = settings  # the environment in which `docker compose` is about this project
-        self.command = compose_command(settings, "docker-compose.yml")
+        self.command = compose_command(settings, *files)
         self.rabbitmqctl_command = [*self.command, "exec", "-T", "rabbitmq", "rabbitmqctl"]
         self._compose = DockerCompose(ROOT, wait=False, keep_volumes=port is not None)
         self._compose.compose_command_property = self.command

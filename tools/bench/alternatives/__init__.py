@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 
-from tools.bench.measure import Bench, Queue, Script, Table
+from tools.bench.measure import Bench, Counted, Queue, Table
 from tools.bench.parts import send, send_plainly, work
 from tools.broker import NoBroker
 
@@ -21,7 +21,7 @@ FOLDER = "tools/bench/alternatives"
 def publish(queue: Queue, script: str, count: int, *options: str) -> float:
     """Time from its first line to its second one."""
     queue.fresh()
-    with Script(
+    with Counted(
         queue.amqp_url, f"{FOLDER}/{script}", "publish", str(count), *options, line=" [.]"
     ) as publisher:
         begin, _ = publisher.wait_for(1)
