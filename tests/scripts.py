@@ -410,3 +410,8 @@ def listing(scripts: Scripts, *options: str) -> list[str]:
     """Return what parked.py prints, with T for every time."""
     lines = scripts.run(PARKED, *options).out.all()
     return [re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+00:00", "T", line) for line in lines]
+
+
+def fibonacci(n: int) -> int:
+    """Return the number without the recursion of rpc_server.py. Exact up to 70."""
+    return round(((1 + 5**0.5) / 2) ** n / 5**0.5)
