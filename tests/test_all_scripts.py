@@ -87,10 +87,11 @@ def test_an_error_names_each_address_and_what_came_back(scripts: Scripts) -> Non
 
 
 def test_what_stays_wrong_ends_each_script(scripts: Scripts) -> None:
-    """A wrong password, a wrong virtual host: consumers do not try again either."""
+    """A wrong password, a wrong virtual host: consumers do not try again either, also if its name
+    is like a word of an error that passes."""
     for wrong, told in (
         (replaced(scripts.amqp_url, user=f"guest:{SECRET}"), "ACCESS_REFUSED - Login was refused"),
-        (replaced(scripts.amqp_url, path="/nowhere"), "NOT_ALLOWED - vhost nowhere not found"),
+        (replaced(scripts.amqp_url, path="/unlimited"), "NOT_ALLOWED - vhost unlimited not found"),
     ):
         for started in scripts.launch(*SHAPES, NEW_TASKS, amqp_url=wrong).values():
             assert told in one_line(started)
@@ -205,6 +206,20 @@ def test_what_is_full_is_no_reason_to_give_up(
         waits_for_room(
             scripts, full, lambda: broker.api("DELETE", f"{limits}/{whose}/max-connections")
         )
+
+
+def test_a_virtual_host_that_is_full_of_queues_is_waited_for(
+    broker: Broker, scripts: Scripts, amqp_url: str
+) -> None:
+    """A consumer whose queue is one too many waits until there is room."""
+    path = f"vhost-limits/{virtual_host_of(amqp_url)}/max-queues"
+    broker.api("PUT", path, {"value": 0})
+    waiting = scripts.launch(RECEIVE, RECEIVE_LOGS)
+    for started in waiting.values():
+        started.expect_error(LOST)
+    broker.api("DELETE", path)
+    for started in waiting.values():
+        expect_waiting(started)
 
 
 def test_a_node_that_is_full_is_waited_for(own_broker: Broker, scripts: Scripts) -> None:
@@ -381,7 +396,8 @@ def parts_of(name: str) -> tuple[str, str, str]:
 def test_the_shared_lines_are_the_same_to_the_letter() -> None:
     """All producers are the same before their lesson and after it, and so are all consumers. Both
     connect in the same way, and new_tasks.py treats signals in a way of its own."""
-    producers, consumers = ({parts_of(name) for name in names} for names in (PRODUCERS, CONSUMERS))
+    names = [*PRODUCERS, "streams/emit_log_stream.py"], [*CONSUMERS, "streams/read_logs.py"]
+    producers, consumers = ({parts_of(name) for name in kind} for kind in names)
     [(producer_signals, producer, _)] = producers
     [(consumer_signals, consumer, _)] = consumers
     assert "signal.SIG_DFL" in producer_signals

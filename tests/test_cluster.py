@@ -122,7 +122,7 @@ def test_without_a_majority_no_task_is_reported_as_sent(
         told = " [!] No confirm within 10 s: nobody knows if the task is stored"
         assert refused.err.seen == [told]
     assert time.monotonic() - begin < 30
-    patient.expect_error(" [!] No confirm for 10 seconds; still waiting")
+    patient.expect_error(" [!] No answer from RabbitMQ for 10 seconds; still waiting")
 
     cluster.start("rabbit1", "rabbit2")
     assert patient.wait(60) == 0, str(patient)

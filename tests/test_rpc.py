@@ -171,7 +171,7 @@ def test_a_server_killed_before_it_acknowledged_answers_twice(scripts: Scripts) 
         return True
 
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
-        dying = consumer(scripts, SERVER, proxy.url)
+        dying = consumer(scripts, SERVER, amqp_url=proxy.url)
         client = scripts.start(CLIENT, "--timeout", "60", "20", "21", "22")
         assert dying.wait() == -9
     assert dying.out.seen[1:] == [" [.] fib(20)"]
@@ -322,7 +322,7 @@ def test_an_answer_that_rabbitmq_refuses_is_not_computed_forever(
     for a second time, but for no third time, and then takes the next one."""
     permissions = {"configure": "rpc_queue", "read": "rpc_queue"}
     with another_user(broker, scripts.amqp_url, "speechless", **permissions) as url:
-        serving = consumer(scripts, SERVER, url)
+        serving = consumer(scripts, SERVER, amqp_url=url)
         queue = channel.queue_declare("", exclusive=True).method.queue
         for body in (b"10", b"11"):
             properties = pika.BasicProperties(reply_to=queue)

@@ -99,7 +99,7 @@ def run(options):
 
 
 # A wrong address, password, permission or virtual host; a queue that has other settings
-HOPELESS = "AMQP_URL|ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|PRECONDITION_FAILED"
+HOPELESS = "AMQP_URL|(ACCESS_REFUSED|NOT_ALLOWED|PRECONDITION_FAILED)(?!.* (reached|down))"
 
 if __name__ == "__main__":
     try:

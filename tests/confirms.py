@@ -1,0 +1,75 @@
+"""What the tests of lesson 7 have in common: tasks, a pipe, and the queue that they end in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pika.adapters.blocking_connection import BlockingChannel
+
+from tests.scripts import Script, Scripts
+from tools.broker import Broker, virtual_host_of
+
+NEW_TASKS = "publisher_confirms/new_tasks.py"
+REJECTED = " [!] The queue rejects tasks, perhaps it is full; trying again every second"
+SILENCE = " [!] No answer from RabbitMQ for 10 seconds; still waiting"
+
+
+def sent(tasks: int) -> str:
+    """Return the line in which the script says that it has sent so many tasks."""
+    return f" [x] Sent {tasks} tasks"
+
+
+def numbers(count: int) -> list[bytes]:
+    """Return the numbers from 1 as tasks."""
+    return [b"%d" % number for number in range(1, count + 1)]
+
+
+def send(scripts: Scripts, folder: Path, count: int, *options: str, url: str = "") -> Script:
+    """Start the script with a file of numbered lines."""
+    path = folder / f"{count} lines"
+    path.write_bytes(b"\n".join(numbers(count)))
+    return scripts.start(NEW_TASKS, *options, str(path), amqp_url=url or None)
+
+
+class Pipe:
+    """A pipe with a name. The script that reads it waits for more, until it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "pipe")
+        os.mkfifo(self.path)
+        self.end = os.open(self.path, os.O_RDWR)  # with O_WRONLY, this would wait for a reader
+
+    def write(self, data: bytes) -> None:
+        """Write, and wait while the pipe is full."""
+        while data:
+            data = data[os.write(self.end, data) :]
+
+    def close(self) -> None:
+        """Let the script see the end."""
+        os.close(self.end)
+
+
+def ready(channel: BlockingChannel) -> int:
+    """Return how many tasks are in the queue, as the broker counts them."""
+    return int(channel.queue_declare("task_queue", durable=True).method.message_count)
+
+
+def take_all(channel: BlockingChannel) -> list[bytes]:
+    """Take all tasks out of the queue."""
+    tasks: list[bytes] = []
+    count = ready(channel)
+    if count:
+        for _method, _properties, body in channel.consume("task_queue", auto_ack=True):
+            tasks.append(body or b"")
+            if len(tasks) == count:
+                break
+        channel.cancel()
+    return tasks
+
+
+def limit_queue(broker: Broker, scripts: Scripts, length: int) -> None:
+    """Let the queue reject tasks as soon as it has so many."""
+    full = {"max-length": length, "overflow": "reject-publish"}
+    policy = {"pattern": ".*", "definition": full, "apply-to": "queues"}
+    broker.api("PUT", f"policies/{virtual_host_of(scripts.amqp_url)}/full", policy)
