@@ -8,6 +8,7 @@ import queue
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -354,3 +355,63 @@ def full_pipe() -> Iterator[int]:
     finally:
         os.close(read)
         os.close(write)
+
+
+# --- Tasks and their workers, of lessons 2 and 8 ---
+
+
+def worker_that(script: str, work: str, folder: Path) -> str:
+    """Write a copy of a worker that does other work with `text`, and return its path."""
+    source = (ROOT / script).read_text(encoding="utf-8")
+    body = r'(?<=\ndef work\(text\):\n)    """.*"""\n(?:    .*\n)+'
+    assert len(re.findall(body, source)) == 1
+    path = folder / Path(script).name
+    path.write_text(re.sub(body, lambda _: f"    {work}\n", source), encoding="utf-8")
+    return str(path)
+
+
+def put(channel: BlockingChannel, queue: str, *tasks: str, **properties: object) -> None:
+    """Put tasks into a queue that exists, as a producer does, and faster."""
+    channel.confirm_delivery()
+    for task in tasks:
+        its = BasicProperties(**{"delivery_mode": 2} | properties)
+        channel.basic_publish("", queue, os.fsencode(task), its, mandatory=True)
+
+
+def size(channel: BlockingChannel, queue: str) -> int:
+    """Return how many messages are ready in a queue, as the broker counts them."""
+    return int(channel.queue_declare(queue, passive=True).method.message_count)
+
+
+def tasks_of(script: Script) -> list[str]:
+    """Return the tasks that a worker has received, in order."""
+    return [found[1] for line in script.out.seen if (found := RECEIVED.fullmatch(line))]
+
+
+class LargeNumber(BasicProperties):
+    """Properties with a header that other clients can send: pika reads it, but cannot write it."""
+
+    def __init__(self) -> None:
+        super().__init__(headers={"size": 2**62})  # type: ignore[no-untyped-call]
+
+    def encode(self) -> list[bytes]:
+        """Return the bytes: pika writes an integer, and this makes it a float, 1e300."""
+        pieces: list[bytes] = super().encode()  # type: ignore[no-untyped-call]
+        integer, number = struct.pack(">q", 2**62), struct.pack(">d", 1e300)
+        return [b"".join(pieces).replace(b"\x04sizel" + integer, b"\x04sized" + number)]
+
+
+def enoent(task: str) -> str:
+    """Return why a task of lesson 8 fails whose file is missing."""
+    return f"FileNotFoundError: [Errno 2] No such file or directory: {task!r}"
+
+
+def listing(scripts: Scripts, *options: str) -> list[str]:
+    """Return what parked.py prints, with T for every time."""
+    lines = scripts.run(PARKED, *options).out.all()
+    return [re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+00:00", "T", line) for line in lines]
+
+
+def fibonacci(n: int) -> int:
+    """Return the number without the recursion of rpc_server.py. Exact up to 70."""
+    return round(((1 + 5**0.5) / 2) ** n / 5**0.5)

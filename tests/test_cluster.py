@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
+import threading
 import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.scripts import DONE, Scripts, consumer, expect_waiting
-from tools.broker import Cluster, virtual_host_of
+from tests.scripts import (
+    DONE,
+    NEW_TASK,
+    RECEIVED,
+    Crew,
+    Script,
+    Scripts,
+    consumer,
+    expect_waiting,
+    fibonacci,
+    stream_of,
+)
+from tools.broker import Cluster, eventually, virtual_host_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -127,3 +144,143 @@ def test_a_task_outlives_thirty_workers(scripts: Scripts) -> None:
         worker.kill() if n % 2 else worker.stop()
     last = scripts.start("work_queues/worker.py")
     last.expect(" [x] Received 'Long....................' (redelivered)")
+
+
+# --- Endurance ---
+
+# One call after another; after an error with a new connection, as a program would do.
+CALLER = """
+import json, random, sys, time
+sys.path.insert(0, "rpc")
+from pika.exceptions import AMQPError
+from rpc_client import FibonacciRpcClient
+
+rng = random.Random(3)
+while True:
+    try:
+        with FibonacciRpcClient() as client:
+            while True:
+                n, result, begin = rng.randint(15, 22), None, time.monotonic()
+                try:
+                    result = client.call(n, timeout=5)
+                except TimeoutError:
+                    pass
+                finally:
+                    print(json.dumps([n, result, time.monotonic() - begin]), flush=True)
+                time.sleep(0.1)
+    except AMQPError:
+        time.sleep(0.5)
+"""
+
+
+def returns(script: Script, killed: list[float]) -> list[float]:
+    """Return how many seconds after these moments a consumer said again that it waits.
+
+    Only of those after which it did so before the next one.
+    """
+    stream, line = stream_of(script)
+    times = [at for seen, at in zip(stream.seen, stream.times, strict=True) if seen == line]
+    spans = pairwise([*killed, time.monotonic()])
+    return [at - kill for kill, following in spans for at in times if kill < at < following]
+
+
+@pytest.mark.timeout(600)
+def test_a_cluster_under_fire(
+    cluster: Cluster,
+    scripts: Scripts,
+    amqp_url: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Nodes are killed and stopped, one at a time, and twice two of them are killed together, while
+    tasks, RPC calls and logs flow. Every confirmed task is done, every call gives the right answer
+    or ends in its time, no consumer ends, and receivers get the logs that are sent once they are
+    back. A dead node is started again after five more tasks have been done without it."""
+    rng = random.Random(3)
+    tasks = {f"task {n}" for n in range(500)}
+    confirmed: set[str] = set()
+    done: Counter[str] = Counter()
+    ready = threading.Semaphore(0)  # how many tasks may be sent, so that some are left for later
+    over = threading.Event()
+
+    def produce(mine: list[str]) -> None:
+        for task in mine:
+            ready.acquire()
+            while task not in confirmed and not over.is_set():
+                sender = scripts.start(NEW_TASK, task)
+                sender.wait()
+                if f" [x] Sent '{task}'" in sender.out.seen:
+                    confirmed.add(task)
+
+    in_hand: dict[int, str] = {}
+
+    def until_done(count: int) -> None:
+        """Read what the workers print until this number of different tasks have been done, or
+        until they print nothing for a long time."""
+        for number, line in workers.read():
+            if received := RECEIVED.fullmatch(line):
+                in_hand[number] = received[1]
+            elif line == DONE:
+                done[in_hand[number]] += 1
+            if len(done) >= min(count, len(tasks)):
+                return
+
+    killed: list[float] = []
+
+    def strike(how: Callable[..., None], *nodes: str) -> None:
+        ready.release(28)
+        until_done(len(done) + 8)
+        killed.append(time.monotonic())
+        how(*nodes)
+        if len(nodes) == 1:
+            until_done(len(done) + 5)
+        cluster.start(*nodes)
+        bindings = f"exchanges/{virtual_host_of(amqp_url)}/logs/bindings/source"
+        both = "both receivers of logs are back"
+        eventually(lambda: len(cluster.api("GET", bindings)) == 2, both, 30)
+        scripts.run("publish_subscribe/emit_log.py", f"log {len(killed)}")
+        for logger in loggers:
+            logger.expect(f" [x] log {len(killed)}")
+
+    workers = Crew(scripts, 3, "work_queues/worker.py")
+    servers = Crew(scripts, 2, "rpc/rpc_server.py")
+    for member in [*workers.members, *servers.members]:
+        expect_waiting(member)
+    loggers = [consumer(scripts, "publish_subscribe/receive_logs.py") for _ in range(2)]
+    caller = Crew(scripts, 1, "-c", CALLER).members[0]
+    with ThreadPoolExecutor() as threads:
+        ordered = sorted(tasks)
+        producers = [threads.submit(produce, ordered[part::2]) for part in range(2)]
+        try:
+            for n in range(15):
+                how = cluster.stop if n % 4 == 3 else cluster.kill
+                strike(how, rng.choice(list(cluster.urls)))
+                if n in (4, 9):
+                    strike(cluster.kill, *rng.sample(list(cluster.urls), 2))
+            ready.release(len(tasks))
+            until_done(len(tasks))
+        finally:
+            over.set()
+            ready.release(len(tasks))
+    for producer in producers:
+        producer.result()
+    caller.stop()
+
+    calls = [json.loads(line) for line in caller.out.seen]
+    wrong = [call for call in calls if call[1] not in (None, fibonacci(call[0]))]
+    everyone = [*workers.members, *servers.members, *loggers]
+    away = sorted(seconds for each in everyone for seconds in returns(each, killed))
+    lost = confirmed - set(done)
+    record_property(
+        "a cluster under fire",
+        f"{len(confirmed)} confirmed, {len(done)} done, "
+        f"{sum(times > 1 for times in done.values())} done twice, {len(lost)} lost; "
+        f"nodes killed or stopped {len(killed)} times; {len(calls)} calls, {len(wrong)} wrong, "
+        f"{sum(result is None for _, result, _ in calls)} without an answer; consumers away "
+        f"{len(away)} times, for {away[len(away) // 2]:.1f} s, at most {away[-1]:.1f} s",
+    )
+    assert not lost
+    assert confirmed == tasks
+    assert wrong == []
+    assert max(seconds for _, _, seconds in calls) < 5 + 5, "on a busy machine"
+    assert workers.complaints() == servers.complaints() == []
+    assert all(each.process.poll() is None for each in everyone)
