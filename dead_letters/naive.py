@@ -1,18 +1,22 @@
-"""Requeue a failed task at once, which does not work. Usage: python naive.py classic|quorum"""
+"""Requeue a failed task at once, which does not work."""
 
-import sys
+import argparse
 
 from worker import connect
 
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("type", choices=["classic", "quorum"], help="the type of the queue")
+options = parser.parse_args()
+
 channel = connect().channel()
-channel.queue_declare("naive", durable=True, arguments={"x-queue-type": sys.argv[1]})
+channel.queue_declare("naive", durable=True, arguments={"x-queue-type": options.type})
 for task in ("poison", "good"):
     channel.basic_publish("", "naive", task)
 
 channel.basic_qos(prefetch_count=1)
 delivered = []
 for method, _properties, body in channel.consume("naive", inactivity_timeout=2):
-    if body is None or len(delivered) == 100:
+    if body is None or len(delivered) == 100:  # None: nothing came for two seconds
         break
     delivered.append(body)
     if body == b"poison":

@@ -47,7 +47,7 @@ def dead_letters_to(other_queue):
         "x-queue-type": "quorum",
         "x-dead-letter-exchange": "",  # the default exchange
         "x-dead-letter-routing-key": other_queue,
-        # RabbitMQ keeps a dead letter until the other queue has stored it. This needs NO_LOSS.
+        # With NO_LOSS, RabbitMQ keeps a dead letter until the other queue has stored it.
         "x-dead-letter-strategy": "at-least-once",
     }
 
@@ -58,7 +58,7 @@ NO_LOSS = {"x-overflow": "reject-publish"}  # a full queue takes no more, instea
 def on_task(options, channel, method, properties, body):
     text = body.decode(errors="surrogateescape")
     print(f" [x] Received {text!r}" + (" (redelivered)" if method.redelivered else ""))
-    job = executor.submit(work, os.fsdecode(body))  # new_task.py has used os.fsencode
+    job = executor.submit(work, os.fsdecode(body))  # a file name needs its bytes unchanged
     while wait([job], timeout=0.2).not_done:  # the work is done in another thread
         channel.connection.process_data_events()  # and this one, pika's, sends heartbeats
     if job.exception():
@@ -87,7 +87,9 @@ def put_aside(options, channel, method, properties, body, error):
     as_new(properties)
     properties.headers["failures"] = [*failures, f"{now} {reason}"]  # one for each failed try
     queues = ["tasks.retry", "tasks.parked"]
-    for queue in queues if len(failures) + 1 < options.tries else queues[1:]:
+    if len(failures) + 1 >= options.tries:
+        queues = ["tasks.parked"]
+    for queue in queues:
         try:
             with channel.connection.channel() as other:  # RabbitMQ closes it if it refuses the task
                 other.confirm_delivery()  # now basic_publish waits until the task is stored
@@ -198,7 +200,7 @@ def run(options):
         time.sleep(1)
 
 
-# A wrong address, password, permission or virtual host; a queue that has other settings
+# A malformed AMQP_URL, a wrong password or virtual host, no permission, other settings of a queue
 HOPELESS = "AMQP_URL|(ACCESS_REFUSED|NOT_ALLOWED|PRECONDITION_FAILED)(?!.* (reached|down))"
 
 if __name__ == "__main__":

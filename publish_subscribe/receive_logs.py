@@ -92,7 +92,7 @@ def run(options):
         time.sleep(1)
 
 
-# A wrong address, password, permission or virtual host; a queue that has other settings
+# A malformed AMQP_URL, a wrong password or virtual host, no permission, other settings of a queue
 HOPELESS = "AMQP_URL|(ACCESS_REFUSED|NOT_ALLOWED|PRECONDITION_FAILED)(?!.* (reached|down))"
 
 if __name__ == "__main__":

@@ -383,6 +383,21 @@ def size(channel: BlockingChannel, queue: str) -> int:
     return int(channel.queue_declare(queue, passive=True).method.message_count)
 
 
+def parked(channel: BlockingChannel) -> list[tuple[bytes, BasicProperties]]:
+    """Take all tasks out of the queue of parked tasks."""
+    found: list[tuple[bytes, BasicProperties]] = []
+    while True:
+        method, properties, body = channel.basic_get("tasks.parked", auto_ack=True)
+        if method is None:
+            return found
+        found.append((body or b"", properties or BasicProperties()))
+
+
+def failures_of(properties: BasicProperties) -> list[str]:
+    """Return why the tries of a parked task failed."""
+    return list((properties.headers or {}).get("failures", []))
+
+
 def tasks_of(script: Script) -> list[str]:
     """Return the tasks that a worker has received, in order."""
     return [found[1] for line in script.out.seen if (found := RECEIVED.fullmatch(line))]

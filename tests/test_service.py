@@ -21,8 +21,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import BasicProperties
 
 from tests.proxy import ACK, Proxy
-from tests.scripts import SECRET, Script, Scripts, replaced
-from tests.test_dead_letters import failures_of, listing, parked, size
+from tests.scripts import SECRET, Script, Scripts, failures_of, listing, parked, replaced, size
 from tools import ROOT
 from tools.broker import Broker, eventually, free_port, virtual_host_of
 
