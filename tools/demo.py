@@ -36,6 +36,8 @@ def perform(story: list[Step], broker: Broker) -> None:
 
     def show(name: str, line: str) -> None:
         nonlocal begin
+        if console.is_terminal and line.startswith("$ "):
+            time.sleep(1)  # so that one can read what came before
         begin = begin or time.monotonic()
         colour = COLOURS[names.index(name) % len(COLOURS)]
         bold = "bold" if line.startswith(("$ ", "> ", "^C")) else ""
@@ -62,11 +64,12 @@ def main() -> None:
         broker = projects.get(options.broker, partial(start, options.broker))()
         console.print(broker)
         for document in options.lessons or lessons():
-            console.print(f"\n=== {document.resolve().parent.name}\n", style="bold")
+            title = document.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+            console.print(f"\n=== {title}\n", style="bold")
             try:
                 perform(steps(document, None if options.all else "Run it"), broker)
-            except NeedsDocker as error:
-                console.print(f"Left out: {error}")
+            except NeedsDocker:
+                console.print("Left out: this lesson starts containers of its own.")
                 left_out += 1
         result = "All went as the texts say" + (f"; {left_out} left out" if left_out else "")
         console.print(f"\n=== {result}", style="bold")
