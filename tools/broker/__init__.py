@@ -105,7 +105,12 @@ def start(choice: str = "auto") -> Broker:
 
     Installs nothing. Raises NoBroker.
     """
-    return given(choice) if is_url(choice) else choose(choice)[0]()
+    if is_url(choice):
+        return given(choice)
+    broker, why = choose(choice)
+    if why:
+        print(f"{why}, so this is the rabbitmq-server of this computer", flush=True)
+    return broker()
 
 
 def install(choice: str = "auto") -> None:
