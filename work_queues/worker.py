@@ -35,7 +35,7 @@ def on_task(options, done, channel, method, properties, body):
     text = body.decode(errors="surrogateescape")
     print(f" [x] Received {text!r}" + (" (redelivered)" if method.redelivered else ""))
     job = executor.submit(work, text)  # another thread does the work
-    while not options.in_callback and wait([job], timeout=0.1).not_done:
+    while not options.in_callback and wait([job], timeout=0.01 if done else 0.1).not_done:
         acknowledge(channel, done)  # the tasks before this one
         channel.connection.process_data_events()  # pika sends heartbeats
     error = job.exception()  # if the work is not done yet, this waits
@@ -51,7 +51,7 @@ def on_task(options, done, channel, method, properties, body):
     done.append(method.delivery_tag)
     if len(done) >= options.prefetch / 2:
         acknowledge(channel, done)
-    elif len(done) == 1:  # wait ten milliseconds for more of them
+    elif len(done) == 1:  # or in ten milliseconds, if no task comes before
         channel.connection.call_later(0.01, partial(acknowledge, channel, done))
 
 
@@ -109,7 +109,7 @@ parser.add_argument(
 )
 parser.add_argument("--auto-ack", action="store_true", help="RabbitMQ forgets a task it has sent")
 parser.add_argument("--forget-ack", action="store_true", help="never acknowledge a task")
-parser.add_argument("--in-callback", action="store_true", help="work in pika's own thread")
+parser.add_argument("--in-callback", action="store_true", help="let pika wait, without heartbeats")
 
 
 # --- From here on, all consumers have the same code: see the end of lesson 1 (hello_world). ---
