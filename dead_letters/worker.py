@@ -59,8 +59,11 @@ def on_task(options, channel, method, properties, body):
     text = body.decode(errors="surrogateescape")
     print(f" [x] Received {text!r}" + (" (redelivered)" if method.redelivered else ""))
     job = executor.submit(work, os.fsdecode(body))  # a file name needs its bytes unchanged
-    while wait([job], timeout=0.2).not_done:  # the work is done in another thread
-        channel.connection.process_data_events()  # and this one, pika's, sends heartbeats
+    try:
+        while wait([job], timeout=0.2).not_done:  # the work is done in another thread
+            channel.connection.process_data_events()  # and this one, pika's, sends heartbeats
+    finally:
+        job.cancel()  # if the connection is lost before it has begun: the task comes again
     if job.exception():
         put_aside(options, channel, method, properties, body, job.exception())
     else:

@@ -23,11 +23,17 @@ def main():
     for name, allowed in USERS.items():
         password = secrets.token_urlsafe(24)
         # The script's secret is an address with the password. RabbitMQ gets only a hash of it.
-        (FOLDER / name).write_text(f"amqp://{name}:{password}@rabbitmq:5672/%2F\n")
+        write(name, f"amqp://{name}:{password}@rabbitmq:5672/%2F\n")
         users.append({"name": name, "password_hash": hashed(password), "tags": []})
         permissions.append({"user": name, "vhost": "/", **allowed})
     definitions = {"users": users, "permissions": permissions}
-    (FOLDER / "users.json").write_text(json.dumps(definitions, indent=2) + "\n")
+    write("users.json", json.dumps(definitions, indent=2) + "\n")
+
+
+def write(name, text):
+    (FOLDER / name).write_text(text)
+    # The users of the containers must be able to read it. The folder keeps everybody else out.
+    (FOLDER / name).chmod(0o644)
 
 
 def hashed(password):

@@ -39,12 +39,14 @@ def main():
             sys.exit(" [!] There is no queue 'tasks': load definitions.json into RabbitMQ")
         finally:
             timer.cancel()
-    print(f" [x] Sent {options.name!r} with the id {properties.message_id}")
+        print(f" [x] Sent {options.name!r} with the id {properties.message_id}")
 
 
 def give_up():
-    print(" [!] No confirm within 10 s: nobody knows if the task is stored", file=sys.stderr)
-    os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
+    try:
+        print(" [!] No confirm within 10 s: nobody knows if the task is stored", file=sys.stderr)
+    finally:
+        os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
 
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,10 +37,9 @@ def main(channel, options):
     health.ready = True
     while channel.consumer_tags:
         turn(channel, seconds=0.2)
+        heed_stop(channel, tasks)
         if tasks:
             do_task(channel, tasks, *tasks.popleft())
-        else:
-            heed_stop(channel, tasks)
 
 
 def turn(channel, seconds=0):
@@ -66,9 +66,12 @@ def do_task(channel, tasks, method, properties, body):
     about.info("begins%s", " (redelivered)" if method.redelivered else "")
     # The work is done in a second thread. Everything else is done here, in pika's thread.
     job = executor.submit(do, properties, body)
-    while wait([job], timeout=0.2).not_done:
-        turn(channel)
-        heed_stop(channel, tasks)
+    try:
+        while wait([job], timeout=0.2).not_done:
+            turn(channel)
+            heed_stop(channel, tasks)
+    finally:
+        job.cancel()  # if the connection is lost before it has begun: the task comes again
     heed_stop(channel, tasks)  # once more: after the acknowledgement, RabbitMQ sends the next task
     seconds = time.monotonic() - begin
     error = job.exception()
@@ -96,7 +99,7 @@ def understand(body):
         task = json.loads(body)
         return {"name": str(task["name"]), "seconds": float(task["seconds"])}
     except Exception as error:
-        raise PermanentError(f"this is not a task: {error!r}") from None
+        raise PermanentError(f"this is not a task: {error!r:.200}") from None
 
 
 def work(task, headers, message_id):
@@ -112,7 +115,7 @@ def put_aside(channel, method, properties, body, error, about):
     failures = [*(failures if isinstance(failures, list) else []), f"{now} {error!r:.200}"]
     again = len(failures) < TRIES and not isinstance(error, PermanentError)
     result, queue = ("failed", "tasks.retry") if again else ("parked", "tasks.parked")
-    text = f"failed ({len(failures)} of {TRIES}), goes to {queue}: {error!r}"
+    text = f"failed ({len(failures)} of {TRIES}), goes to {queue}: {error!r:.200}"
     about.warning("%s", text, exc_info=error)
     # CC and BCC would send copies to other queues. RabbitMQ accepts no other user's name from us.
     headers = {name: value for name, value in headers.items() if name not in ("CC", "BCC")}
@@ -183,6 +186,10 @@ class Health(prometheus_client.MetricsHandler):
     """Answers GET /livez, /readyz and /metrics."""
 
     timeout = 10  # seconds; then a client that says nothing is cut off
+
+    def handle(self):
+        with suppress(OSError):  # a client that has gone is no event
+            super().handle()
 
     def do_GET(self):  # noqa: N802
         checks = {

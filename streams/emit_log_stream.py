@@ -59,8 +59,10 @@ def start_timer():
 
 
 def give_up():
-    print(" [!] No confirm within 10 s: nobody knows if the line is stored", file=sys.stderr)
-    os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
+    try:
+        print(" [!] No confirm within 10 s: nobody knows if the line is stored", file=sys.stderr)
+    finally:
+        os._exit(1)  # to close the connection, we would have to wait for RabbitMQ again
 
 
 parser = argparse.ArgumentParser(description=__doc__)

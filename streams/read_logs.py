@@ -22,8 +22,10 @@ def main(channel, options):
     channel.queue_declare("log_stream", durable=True, arguments={"x-queue-type": "stream"})
     if options.file is not None and os.path.getsize(options.file) > 0:
         options.start = int(os.pread(options.file, 20, 0))
-    if options.start == "next":
-        go_on_at(last_offset() + 1, options)  # a number is still right if we connect again
+    if options.start in ("last", "next"):
+        last = last_offset()
+        if options.start == "next" or last == -1:
+            go_on_at(last + 1, options)  # a number is still right if we connect again
     if options.until_end:
         options.end = last_offset() if options.end is None else options.end
         if options.end == -1 or (isinstance(options.start, int) and options.start > options.end):
@@ -40,7 +42,7 @@ def main(channel, options):
     if not options.until_end:
         print(" [*] Waiting for logs. To exit press CTRL+C", file=sys.stderr)
     elif not isinstance(options.start, int):
-        channel.connection.process_data_events(time_limit=2)  # until the first lines come
+        take_first_lines(channel)
         if not isinstance(options.start, int):
             os._exit(0)  # no line is as young as that
     acknowledge_every_second(channel, options)
@@ -91,6 +93,13 @@ def go_on_at(offset, options):
         os.pwrite(options.file, b"%19d\n" % offset, 0)  # always 20 bytes: all of them, or none
 
 
+def take_first_lines(channel):
+    """Wait until RabbitMQ has sent the first lines, or has none for us."""
+    channel.connection.process_data_events(time_limit=2)
+    channel.queue_declare("log_stream", passive=True)  # when it answers, all of them have come
+    channel.connection.process_data_events(time_limit=0)
+
+
 def last_offset():
     """Return the offset of the last line that is there now, or -1 if there is none."""
     offsets = [-1]
@@ -102,9 +111,7 @@ def last_offset():
         on_message_callback=lambda *delivery: offsets.append(offset_of(delivery[2])),
         arguments={"x-stream-offset": "last"},  # RabbitMQ sends the last line, or the last few
     )
-    connection.process_data_events(time_limit=2)  # until they come; if none comes, there is none
-    channel.queue_declare("log_stream", passive=True)  # now all of them have come
-    connection.process_data_events(time_limit=0)
+    take_first_lines(channel)
     with suppress(AMQPError):  # RabbitMQ 3 does not let pika give back what has come since then
         connection.close()
     return offsets[-1]

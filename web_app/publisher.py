@@ -95,8 +95,9 @@ class Publisher:
     def start(self):
         if not self.thread and not self.is_closed:
             self.ioloop = IOLoop()  # waits for RabbitMQ, and calls our methods
-            self.thread = threading.Thread(target=self.run, name="publisher", daemon=True)
-            self.thread.start()
+            thread = threading.Thread(target=self.run, name="publisher", daemon=True)
+            thread.start()
+            self.thread = thread  # not before it has started: it may fail to
 
     # --- What runs in our own thread. Only this thread uses pika ---
 
@@ -107,11 +108,12 @@ class Publisher:
             self.ioloop.start()  # until it is stopped
         finally:  # also after an exception in pika; the next publish() then starts a new thread
             with self.lock:
-                for message in [*self.sent.values(), *self.unsent]:
-                    message.fail(UnconfirmedError("The publisher has ended"))
+                messages = [*self.sent.values(), *self.unsent]
                 self.sent.clear()
                 self.unsent.clear()
                 self.channel = self.thread = None
+            for message in messages:  # without the lock: a callback of theirs may publish again
+                message.fail(UnconfirmedError("The publisher has ended"))
 
     def connect(self):
         pika.SelectConnection(
@@ -173,6 +175,8 @@ class Publisher:
     def on_channel_close(self, channel, reason):
         self.channel = None
         if channel.connection.is_open:  # RabbitMQ has closed only the channel
+            for message in self.sent.values():  # it refuses one of these: do not send them again
+                message.fail(UnconfirmedError(reason.reply_text))
             channel.connection.close(reason.reply_code, reason.reply_text)
 
     def on_lost(self, connection, error):

@@ -34,14 +34,16 @@ class Handler(BaseHTTPRequestHandler):
         elif len(length) > 9 or int(length) > MAX_LENGTH:
             self.answer(413, error=f"The limit is {MAX_LENGTH} bytes")
         else:
-            self.accept(self.rfile.read(int(length)), int(length))
+            body = self.rfile.read(int(length))
+            if len(body) == int(length):
+                self.publish_task(body)
+            else:  # the client has gone, or we stop: without an answer, it sends all of it again
+                self.close_connection = True
 
-    def accept(self, body, length):
+    def publish_task(self, body):
         try:
             task = json.loads(body)["task"].encode()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            task = None
-        if task is None or len(body) < length:  # the client has gone before it had sent all
             return self.answer(400, error='A task looks like this: {"task": "Hello..."}')
         try:
             message_id = self.server.publisher.publish(task).result()  # waits for the confirm
@@ -69,14 +71,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def setup(self):
-        super().setup()
-        self.server.clients.add(self.connection)
-
-    def finish(self):
-        self.server.clients.remove(self.connection)
-        super().finish()
-
     def log_message(self, *args):
         """Print no line for each request."""
 
@@ -90,6 +84,14 @@ class Server(ThreadingHTTPServer):
         self.clients = set()
         self.publisher = Publisher("task_queue")
         self.publisher.is_ready()  # connects now, not at the first request
+
+    def process_request(self, client, address):
+        self.clients.add(client)
+        super().process_request(client, address)
+
+    def shutdown_request(self, client):
+        self.clients.discard(client)
+        super().shutdown_request(client)
 
     def close(self):
         """Answer the requests that we have got. Then end."""

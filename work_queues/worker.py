@@ -19,25 +19,32 @@ from pika.exceptions import AMQPConnectionError, AMQPError
 
 def main(channel, options):
     channel.queue_declare(queue="task_queue", durable=True)
+    consume(channel, options, options.prefetch)
+    print(" [*] Waiting for tasks. To exit press CTRL+C")
 
+
+def consume(channel, options, prefetch):
     # RabbitMQ sends us this many tasks before it waits for our acknowledgements.
-    channel.basic_qos(prefetch_count=options.prefetch)
+    channel.basic_qos(prefetch_count=prefetch)
     done = []  # the delivery tags of tasks that are done, and that we will acknowledge together
     channel.basic_consume(
         queue="task_queue",
         on_message_callback=partial(on_task, options, done),
         auto_ack=options.auto_ack,
     )
-    print(" [*] Waiting for tasks. To exit press CTRL+C")
 
 
 def on_task(options, done, channel, method, properties, body):
+    begin = time.monotonic()
     text = body.decode(errors="surrogateescape")
     print(f" [x] Received {text!r}" + (" (redelivered)" if method.redelivered else ""))
     job = executor.submit(work, text)  # another thread does the work
-    while not options.in_callback and wait([job], timeout=0.01 if done else 0.1).not_done:
-        acknowledge(channel, done)  # the tasks before this one
-        channel.connection.process_data_events()  # pika sends heartbeats
+    try:
+        while not options.in_callback and wait([job], timeout=0.1).not_done:
+            acknowledge(channel, done)  # the tasks before this one
+            channel.connection.process_data_events()  # pika sends heartbeats
+    finally:
+        job.cancel()  # if the connection is lost before it has begun: the task comes again
     error = job.exception()  # if the work is not done yet, this waits
     if error:
         print(f" [!] {text!r} failed: {error!r}", file=sys.stderr)
@@ -49,7 +56,7 @@ def on_task(options, done, channel, method, properties, body):
     if error and not put_back(options, channel, properties, body):
         return
     done.append(method.delivery_tag)
-    if len(done) >= options.prefetch / 2:
+    if len(done) >= options.prefetch / 2 or time.monotonic() - begin > 0.01:
         acknowledge(channel, done)
     elif len(done) == 1:  # or in ten milliseconds, if no task comes before
         channel.connection.call_later(0.01, partial(acknowledge, channel, done))
@@ -65,11 +72,13 @@ def work(text):
 
 
 def acknowledge(channel, done):
-    if done and len(channel.consumer_tags) == 1:
-        channel.basic_ack(delivery_tag=done[-1], multiple=True)  # this task and all before it
-    else:  # put_back has kept a task before it, which must stay unacknowledged
+    if channel.is_closed:
+        return  # the tasks are in their queue again
+    if len(channel.consumer_tags) > 1:  # put_back has kept a task, which must not be acknowledged
         for tag in done:
             channel.basic_ack(delivery_tag=tag)
+    elif done:
+        channel.basic_ack(delivery_tag=done[-1], multiple=True)  # this task and all before it
     done.clear()
 
 
@@ -87,7 +96,7 @@ def put_back(options, channel, properties, body):
         if channel.is_closed:
             raise  # the connection is lost, so the task is in its queue again
         print(f" [!] RabbitMQ does not take it back, so we keep it: {error!r}", file=sys.stderr)
-        main(channel, options)  # a second consumer: this task uses up one place of the first one
+        consume(channel, options, 1)  # one task more, because this one takes up a place
         return False
     return True
 
