@@ -62,8 +62,9 @@ def on_task(options, channel, method, properties, body):
     try:
         while wait([job], timeout=0.2).not_done:  # the work is done in another thread
             channel.connection.process_data_events()  # and this one, pika's, sends heartbeats
-    finally:
-        job.cancel()  # if the connection is lost before it has begun: the task comes again
+    except AMQPError:
+        job.cancel()  # if it has not begun, leave it: the task is in its queue again
+        raise
     if job.exception():
         put_aside(options, channel, method, properties, body, job.exception())
     else:

@@ -70,8 +70,9 @@ def do_task(channel, tasks, method, properties, body):
         while wait([job], timeout=0.2).not_done:
             turn(channel)
             heed_stop(channel, tasks)
-    finally:
-        job.cancel()  # if the connection is lost before it has begun: the task comes again
+    except AMQPError:
+        job.cancel()  # if it has not begun, leave it: the task is in its queue again
+        raise
     heed_stop(channel, tasks)  # once more: after the acknowledgement, RabbitMQ sends the next task
     seconds = time.monotonic() - begin
     error = job.exception()

@@ -511,7 +511,7 @@ def test_a_slow_client_holds_up_no_other(scripts: Scripts, channel: BlockingChan
         assert web.post()[0] == 202
     with web.open(halves[-1]) as client:
         client.shutdown(socket.SHUT_WR)
-        assert client.recv(12) == b"HTTP/1.1 400"
+        assert client.recv(12) == b""  # it was no wrong request, so it may come again
     for client in clients[:50]:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()  # with a reset, as from a client that has crashed
@@ -653,7 +653,7 @@ def test_a_stopped_server_answers_what_it_has_accepted(
             assert held.wait(10)
             web.script.process.send_signal(signal.SIGTERM)
             assert idle[0].recv(100) == b""
-            assert idle[1].recv(12) == b"HTTP/1.1 400"
+            assert idle[1].recv(12) == b""  # no answer: it may send the request again
             assert not any(answer.done() for answer in answers)
             may_confirm.set()
             assert [answer.result()[0] for answer in answers] == [202] * 10

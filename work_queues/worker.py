@@ -43,8 +43,9 @@ def on_task(options, done, channel, method, properties, body):
         while not options.in_callback and wait([job], timeout=0.1).not_done:
             acknowledge(channel, done)  # the tasks before this one
             channel.connection.process_data_events()  # pika sends heartbeats
-    finally:
-        job.cancel()  # if the connection is lost before it has begun: the task comes again
+    except AMQPError:
+        job.cancel()  # if it has not begun, leave it: the task is in its queue again
+        raise
     error = job.exception()  # if the work is not done yet, this waits
     if error:
         print(f" [!] {text!r} failed: {error!r}", file=sys.stderr)
