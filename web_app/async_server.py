@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import json
 import logging
 import sys
 
@@ -33,7 +34,8 @@ async def get_health(request):
 
 def answer(status, **content):
     headers = {"Retry-After": "5"} if status == 503 else {}
-    return web.json_response(content, status=status, headers=headers)
+    text = json.dumps(content) + "\n"
+    return web.Response(text=text, status=status, headers=headers, content_type="application/json")
 
 
 async def close(app):
