@@ -156,6 +156,7 @@ parser.add_argument(
     "--name",
     dest="file",
     type=offset_file,
+    metavar="NAME",
     help="keep the next offset in the file NAME.offset, and go on there at the next start",
 )
 parser.add_argument("--until-end", action="store_true", help="end after the lines that exist now")
