@@ -7,10 +7,9 @@ from pathlib import Path
 
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.scripts import Script, Scripts
+from tests.scripts import NEW_TASKS, Script, Scripts, ready
 from tools.broker import Broker, virtual_host_of
 
-NEW_TASKS = "publisher_confirms/new_tasks.py"
 REJECTED = " [!] The queue rejects tasks, perhaps it is full; trying again every second"
 SILENCE = " [!] No answer from RabbitMQ for 10 seconds; still waiting"
 
@@ -48,11 +47,6 @@ class Pipe:
     def close(self) -> None:
         """Let the script see the end."""
         os.close(self.end)
-
-
-def ready(channel: BlockingChannel) -> int:
-    """Return how many tasks are in the queue, as the broker counts them."""
-    return int(channel.queue_declare("task_queue", durable=True).method.message_count)
 
 
 def take_all(channel: BlockingChannel) -> list[bytes]:

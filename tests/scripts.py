@@ -398,6 +398,11 @@ def failures_of(properties: BasicProperties) -> list[str]:
     return list((properties.headers or {}).get("failures", []))
 
 
+def ready(channel: BlockingChannel) -> int:
+    """Return how many tasks are in lesson 2's queue, as the broker counts them."""
+    return int(channel.queue_declare("task_queue", durable=True).method.message_count)
+
+
 def tasks_of(script: Script) -> list[str]:
     """Return the tasks that a worker has received, in order."""
     return [found[1] for line in script.out.seen if (found := RECEIVED.fullmatch(line))]

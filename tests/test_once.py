@@ -26,7 +26,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 from tests.proxy import ACK, Proxy
-from tests.scripts import SECRET, Crew, Script, Scripts, one_line, replaced
+from tests.scripts import LOST, SECRET, Crew, Script, Scripts, one_line, replaced
 from tests.test_all_scripts import parts_of
 from tools import ROOT, environment
 from tools.broker import Broker, eventually, free_port
@@ -34,7 +34,6 @@ from tools.broker import Broker, eventually, free_port
 ORDER, RELAY, BOOK = "once/order.py", "once/relay.py", "once/book.py"
 BALANCES, WRONG = "once/balances.py", "once/wrong_ways.py"
 WAITING = " [*] Waiting for orders. To exit press CTRL+C"
-LOST = re.compile(r" \[!\] .+; trying again every second")
 KILLED = -signal.SIGKILL
 
 Order = tuple[str, str, int]  # its id, the account and the amount

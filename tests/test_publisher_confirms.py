@@ -15,19 +15,9 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import Basic
 
-from tests.confirms import (
-    NEW_TASKS,
-    REJECTED,
-    Pipe,
-    limit_queue,
-    numbers,
-    ready,
-    send,
-    sent,
-    take_all,
-)
+from tests.confirms import REJECTED, Pipe, limit_queue, numbers, send, sent, take_all
 from tests.proxy import ACK, PUBLISH, Proxy
-from tests.scripts import Scripts
+from tests.scripts import NEW_TASKS, Scripts, ready
 from tools import TIMEOUT
 from tools.broker import Broker, eventually
 

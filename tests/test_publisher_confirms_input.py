@@ -18,9 +18,9 @@ import pexpect
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.confirms import NEW_TASKS, Pipe, numbers, ready, send, sent, take_all
+from tests.confirms import Pipe, numbers, send, sent, take_all
 from tests.proxy import Proxy
-from tests.scripts import Scripts, full_pipe, one_line
+from tests.scripts import NEW_TASKS, Scripts, full_pipe, one_line, ready
 from tools import ROOT, TIMEOUT, environment
 from tools.broker import Broker, eventually
 

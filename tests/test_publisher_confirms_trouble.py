@@ -15,9 +15,9 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import Channel, Confirm
 
-from tests.confirms import NEW_TASKS, SILENCE, Pipe, numbers, ready, send, sent, take_all
+from tests.confirms import SILENCE, Pipe, numbers, send, sent, take_all
 from tests.proxy import ACK, Proxy
-from tests.scripts import SECRET, Scripts, one_line, replaced
+from tests.scripts import NEW_TASKS, SECRET, Scripts, one_line, ready, replaced
 from tools.broker import Broker, eventually, free_port, virtual_host_of
 
 LOST = re.compile(r" \[!\] No RabbitMQ accepts us: .+; trying again every second")

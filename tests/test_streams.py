@@ -20,15 +20,13 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import ConnectionClosedByBroker
 
 from tests.proxy import ACK, PUBLISH, Proxy
-from tests.scripts import Crew, Script, Scripts, one_line
+from tests.scripts import LOGS_WAITING, LOST, Crew, Script, Scripts, one_line
 from tools import ROOT, environment
 from tools.broker import Broker, Cluster, eventually, virtual_host_of
 
 EMIT = "streams/emit_log_stream.py"
 READ = "streams/read_logs.py"
-WAITING = " [*] Waiting for logs. To exit press CTRL+C"
 STREAM = {"x-queue-type": "stream"}
-LOST = re.compile(r" \[!\] .+; trying again every second")
 
 
 def emit(scripts: Scripts, *lines: str) -> None:
@@ -51,7 +49,7 @@ def read(scripts: Scripts, place: str | int = "first", *options: str) -> list[st
 def reader(scripts: Scripts, *options: str, amqp_url: str | None = None) -> Script:
     """Start a reader, and wait until it waits for lines."""
     started = scripts.start(READ, *options, amqp_url=amqp_url)
-    started.expect_error(WAITING)
+    started.expect_error(LOGS_WAITING)
     return started
 
 
@@ -232,7 +230,7 @@ def test_a_reader_that_loses_its_connection_misses_nothing(
             assert started.out.wait_for(lambda lines, enough=enough: len(lines) > enough, 30)  # type: ignore[misc]
         started.expect(" [x] 19999: line 19999")
     assert started.out.seen == shown(0, 19999)
-    assert all(LOST.fullmatch(line) for line in started.err.seen if line != WAITING)
+    assert all(LOST.fullmatch(line) for line in started.err.seen if line != LOGS_WAITING)
 
 
 def test_a_reader_outlives_rabbitmq(own_broker: Broker, scripts: Scripts, tmp_path: Path) -> None:
@@ -343,7 +341,7 @@ def test_acknowledgements_are_joint_and_none_waits_long(
         fill(channel, 1, 5000)
         started.expect(" [x] 5000: line 5000")
         assert acknowledged <= 1 + 10 + 5
-        assert started.err.seen == [WAITING]
+        assert started.err.seen == [LOGS_WAITING]
 
 
 # --- Retention ---
@@ -456,7 +454,7 @@ class Reading:
         """All lines came, in the order of their offsets; return how many the stream has twice."""
         assert self.order == sorted(self.order)
         assert set(self.texts.values()) == {f"line {n}" for n in range(count)}
-        assert set(self.crew.complaints()) == {WAITING}
+        assert set(self.crew.complaints()) == {LOGS_WAITING}
         return len(self.texts) - count
 
 

@@ -26,7 +26,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import Basic
 
 from tests.proxy import ACK, PUBLISH, Proxy
-from tests.scripts import SECRET, Script, Scripts, one_line, replaced
+from tests.scripts import SECRET, Script, Scripts, one_line, ready, replaced
 from tools import environment
 from tools.broker import Broker, eventually, free_port, virtual_host_of
 from web_app.publisher import (
@@ -40,11 +40,6 @@ from web_app.publisher import (
 SERVER = "web_app/server.py"
 ASYNC_SERVER = "web_app/async_server.py"
 LATE = 5  # seconds that a busy machine may add
-
-
-def ready(channel: BlockingChannel) -> int:
-    """Return how many tasks are in the queue, as the broker counts them."""
-    return int(channel.queue_declare("task_queue", durable=True).method.message_count)
 
 
 def ids(channel: BlockingChannel) -> list[str]:
