@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 
@@ -26,44 +27,49 @@ def main(channel, options):
 def consume(channel, options, prefetch):
     # RabbitMQ sends us this many tasks before it waits for our acknowledgements.
     channel.basic_qos(prefetch_count=prefetch)
-    done = []  # the delivery tags of tasks that are done, and that we will acknowledge together
     channel.basic_consume(
         queue="task_queue",
-        on_message_callback=partial(on_task, options, done),
+        on_message_callback=partial(on_task, options, []),
         auto_ack=options.auto_ack,
     )
 
 
-def on_task(options, done, channel, method, properties, body):
-    begin = time.monotonic()
-    text = body.decode(errors="surrogateescape")
-    print(f" [x] Received {text!r}" + (" (redelivered)" if method.redelivered else ""))
-    job = executor.submit(work, text)  # another thread does the work
-    try:
-        while not options.in_callback and wait([job], timeout=0.1).not_done:
-            acknowledge(channel, done)  # the tasks before this one
-            channel.connection.process_data_events()  # pika sends heartbeats
-    except AMQPError:
-        job.cancel()  # if it has not begun, leave it: the task is in its queue again
-        raise
-    error = job.exception()  # if the work is not done yet, this waits
-    if error:
-        print(f" [!] {text!r} failed: {error!r}", file=sys.stderr)
-        channel.connection.sleep(1)  # otherwise it would be tried again and again without a pause
-    else:
-        print(" [x] Done")
-    if options.auto_ack or options.forget_ack:
-        return
-    if error and not put_back(options, channel, properties, body):
-        return
-    done.append(method.delivery_tag)
-    if len(done) >= options.prefetch / 2 or time.monotonic() - begin > 0.01:
-        acknowledge(channel, done)
-    elif len(done) == 1:  # or in ten milliseconds, if no task comes before
-        channel.connection.call_later(0.01, partial(acknowledge, channel, done))
+def on_task(options, tasks, channel, method, properties, body):
+    tasks.append((method, properties, body))
+    if len(tasks) == 1:  # begin as soon as pika has called us for all tasks that came together
+        channel.connection.call_later(0, partial(hand_over, options, tasks, channel))
+
+
+def hand_over(options, tasks, channel):
+    done = deque()
+    job = executor.submit(do_tasks, options, tasks, channel, done)  # another thread does the work
+    while not options.in_callback and wait([job], timeout=0.01).not_done:
+        answer(options, channel, done)  # the tasks that are done by now
+        channel.connection.process_data_events()  # pika sends heartbeats
+    job.result()  # raises what has ended the other thread: the output is closed, for example
+    answer(options, channel, done)
+    tasks.clear()
 
 
 executor = ThreadPoolExecutor(max_workers=1)
+
+
+def do_tasks(options, tasks, channel, done):
+    for method, properties, body in tasks:
+        if channel.is_closed and not options.auto_ack:
+            return  # the connection is lost, so the tasks are in their queue again
+        text = body.decode(errors="surrogateescape")
+        print(f" [x] Received {text!r}" + (" (redelivered)" if method.redelivered else ""))
+        failed = False
+        try:
+            work(text)
+        except BaseException as error:  # also SystemExit
+            failed = True
+            print(f" [!] {text!r} failed: {error!r}", file=sys.stderr)
+            time.sleep(1)  # otherwise it would be tried again and again without a pause
+        else:
+            print(" [x] Done")
+        done.append((method.delivery_tag, properties, body, failed))
 
 
 def work(text):
@@ -72,15 +78,20 @@ def work(text):
         time.sleep(1)
 
 
-def acknowledge(channel, done):
-    if channel.is_closed:
-        return  # the tasks are in their queue again
+def answer(options, channel, done):
+    """Acknowledge the tasks that are done, all together. Put back those that have failed."""
+    if options.auto_ack or options.forget_ack:
+        return
+    tags = []
+    while done:
+        tag, properties, body, failed = done.popleft()
+        if not failed or put_back(options, channel, properties, body):
+            tags.append(tag)
     if len(channel.consumer_tags) > 1:  # put_back has kept a task, which must not be acknowledged
-        for tag in done:
+        for tag in tags:
             channel.basic_ack(delivery_tag=tag)
-    elif done:
-        channel.basic_ack(delivery_tag=done[-1], multiple=True)  # this task and all before it
-    done.clear()
+    elif tags:
+        channel.basic_ack(delivery_tag=tags[-1], multiple=True)  # this task and all before it
 
 
 def put_back(options, channel, properties, body):
@@ -110,13 +121,7 @@ def prefetch_count(text):
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument(
-    "--prefetch",
-    type=prefetch_count,
-    default=1,
-    metavar="N",
-    help="how many tasks RabbitMQ sends before it waits for acknowledgements; 0: no limit",
-)
+parser.add_argument("--prefetch", type=prefetch_count, default=1, metavar="N", help="0: no limit")
 parser.add_argument("--auto-ack", action="store_true", help="RabbitMQ forgets a task it has sent")
 parser.add_argument("--forget-ack", action="store_true", help="never acknowledge a task")
 parser.add_argument("--in-callback", action="store_true", help="let pika wait, without heartbeats")
