@@ -106,7 +106,7 @@ def steps(document: Path, section: str | None = None) -> list[Step]:
 
 def lessons() -> list[Path]:
     """Return the lessons, in the order in which README.md links to them."""
-    links = re.findall(r"\]\((\w+/README\.md)\)", README.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\((\w+/\w+\.md)\)", README.read_text(encoding="utf-8"))
     return [ROOT / link for link in dict.fromkeys(links)]
 
 
