@@ -81,14 +81,14 @@ def as_new(properties):
     properties.user_id = None  # RabbitMQ accepts no other user's name from us
     properties.expiration = None  # otherwise the task could expire in tasks.parked, and be lost
     headers = (properties.headers or {}).items()
-    properties.headers = {name: value for name, value in headers if name not in NOT_SENT_ON}
+    properties.headers = {k: v for k, v in headers if not re.fullmatch(NOT_SENT_ON, k)}
 
 
 # CC and BCC name more queues to send the task to. RabbitMQ 3.10 takes a task with an x-death header
 # for one that goes round in circles, and drops it.
-NOT_SENT_ON = {"CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count"}
-NOT_SENT_ON |= {"x-first-death-queue", "x-first-death-reason", "x-first-death-exchange"}
-NOT_SENT_ON |= {"x-last-death-queue", "x-last-death-reason", "x-last-death-exchange"}
+NOT_SENT_ON = (
+    "CC|BCC|x-death|x-(delivery|acquired)-count|x-(first|last)-death-(queue|reason|exchange)"
+)
 
 
 def as_list(header):

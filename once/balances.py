@@ -28,9 +28,7 @@ ORDERED = "SELECT account, sum(amount) FROM orders GROUP BY account ORDER BY acc
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--database", metavar="FILE", help="default: bank.db, or shop.db if --ordered")
-parser.add_argument(
-    "--ordered", action="store_true", help="print what the shop's orders add up to, instead"
-)
+parser.add_argument("--ordered", action="store_true", help="the sums of the shop's orders, instead")
 
 
 if __name__ == "__main__":

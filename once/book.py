@@ -127,9 +127,7 @@ parser.add_argument(
     metavar="N",
     help="book up to so many messages in one transaction; default: %(default)s",
 )
-parser.add_argument(
-    "--crash", choices=["before-commit", "after-commit"], help="crash at this moment"
-)
+parser.add_argument("--crash", choices=["before-commit", "after-commit"], help="crash then")
 
 
 # --- From here on, all consumers have the same code: see the end of lesson 1 (hello_world). ---

@@ -77,9 +77,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("account", type=account, metavar="ACCOUNT", help="whose money it is")
 parser.add_argument("amount", type=amount, metavar="AMOUNT", help="how much, in whole cents")
 parser.add_argument("--database", default="shop.db", metavar="FILE", help="default: %(default)s")
-parser.add_argument(
-    "--crash", choices=["before-commit", "after-commit"], help="crash at this moment"
-)
+parser.add_argument("--crash", choices=["before-commit", "after-commit"], help="crash then")
 
 
 if __name__ == "__main__":

@@ -95,9 +95,7 @@ parser.add_argument(
     metavar="N",
     help="remove up to so many messages in one transaction; default: %(default)s",
 )
-parser.add_argument(
-    "--crash", choices=["before-publish", "after-confirm"], help="crash at this moment"
-)
+parser.add_argument("--crash", choices=["before-publish", "after-confirm"], help="crash then")
 
 
 # --- From here on, this is nearly the code of all consumers: see the end of lesson 1. ---

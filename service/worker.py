@@ -224,23 +224,9 @@ def number(text):
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument(
-    "--grace",
-    type=number,
-    default=25,
-    metavar="SECONDS",
-    help="how long a task may go on after the signal to stop",
-)
-parser.add_argument(
-    "--prefetch",
-    type=number,
-    default=1,
-    metavar="N",
-    help="how many tasks RabbitMQ sends before it waits for acknowledgements",
-)
-parser.add_argument(
-    "--port", type=number, help="where to answer questions about health and figures"
-)
+parser.add_argument("--grace", type=number, default=25, metavar="SECONDS", help="after the signal")
+parser.add_argument("--prefetch", type=number, default=1, metavar="N", help="tasks at one time")
+parser.add_argument("--port", type=number, help="where to answer about health and figures")
 
 
 # --- From here on, almost the same code as in all consumers: see the end of lesson 1. ---
@@ -288,7 +274,7 @@ def run(options):
             if not worked and re.search(HOPELESS, str(error)):
                 raise
             if str(error) != reported:
-                log.error("no connection; trying again every second: %s", error)
+                log.error("trying again every second: %s", error)
             reported = str(error)
         stopping.wait(1)
 
