@@ -58,7 +58,7 @@ def send_back(channel, method, properties, body):
     except Exception as refusal:
         if channel.is_closed or isinstance(refusal, UnroutableError):
             raise  # the connection is lost, or there is no queue 'tasks'
-        print(f" [!] It stays parked, because it cannot be sent: {refusal!r}", file=sys.stderr)
+        print(f" [!] It stays parked, because it cannot be sent: {refusal}", file=sys.stderr)
         return False
     finally:
         timer.cancel()
@@ -81,14 +81,14 @@ def as_new(properties):
     properties.user_id = None  # RabbitMQ accepts no other user's name from us
     properties.expiration = None  # otherwise the task could expire in tasks.parked, and be lost
     headers = (properties.headers or {}).items()
-    properties.headers = {k: v for k, v in headers if not re.fullmatch(NOT_SENT_ON, k)}
+    properties.headers = {k: v for k, v in headers if k not in NOT_SENT_ON}
 
 
 # CC and BCC name more queues to send the task to. RabbitMQ 3.10 takes a task with an x-death header
 # for one that goes round in circles, and drops it.
-NOT_SENT_ON = (
-    "CC|BCC|x-death|x-(delivery|acquired)-count|x-(first|last)-death-(queue|reason|exchange)"
-)
+NOT_SENT_ON = {"CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count"}
+for what in ("queue", "reason", "exchange"):
+    NOT_SENT_ON |= {f"x-first-death-{what}", f"x-last-death-{what}"}
 
 
 def as_list(header):

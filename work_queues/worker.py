@@ -27,16 +27,17 @@ def main(channel, options):
 def consume(channel, options, prefetch):
     # RabbitMQ sends us this many tasks before it waits for our acknowledgements.
     channel.basic_qos(prefetch_count=prefetch)
+    tasks = []  # those that have come and are not done yet
     channel.basic_consume(
         queue="task_queue",
-        on_message_callback=partial(on_task, options, []),
+        on_message_callback=partial(on_task, options, tasks),
         auto_ack=options.auto_ack,
     )
 
 
 def on_task(options, tasks, channel, method, properties, body):
     tasks.append((method, properties, body))
-    if len(tasks) == 1:  # begin as soon as pika has called us for all tasks that came together
+    if len(tasks) == 1:  # pika calls hand_over next, after on_task for all that came together
         channel.connection.call_later(0, partial(hand_over, options, tasks, channel))
 
 
@@ -45,7 +46,7 @@ def hand_over(options, tasks, channel):
     job = executor.submit(do_tasks, options, tasks, channel, done)  # another thread does the work
     while not options.in_callback and wait([job], timeout=0.01).not_done:
         answer(options, channel, done)  # the tasks that are done by now
-        channel.connection.process_data_events()  # pika sends heartbeats
+        channel.connection.process_data_events()  # sends heartbeats; does not call on_task now
     job.result()  # raises what has ended the other thread: the output is closed, for example
     answer(options, channel, done)
     tasks.clear()
@@ -63,7 +64,7 @@ def do_tasks(options, tasks, channel, done):
         failed = False
         try:
             work(text)
-        except BaseException as error:  # also SystemExit
+        except BaseException as error:  # sys.exit() raises one, too
             failed = True
             print(f" [!] {text!r} failed: {error!r}", file=sys.stderr)
             time.sleep(1)  # otherwise it would be tried again and again without a pause
@@ -87,7 +88,7 @@ def answer(options, channel, done):
         tag, properties, body, failed = done.popleft()
         if not failed or put_back(options, channel, properties, body):
             tags.append(tag)
-    if len(channel.consumer_tags) > 1:  # put_back has kept a task, which must not be acknowledged
+    if len(channel.consumer_tags) > 1:  # put_back has kept a task: do not acknowledge it, too
         for tag in tags:
             channel.basic_ack(delivery_tag=tag)
     elif tags:
@@ -97,7 +98,7 @@ def answer(options, channel, done):
 def put_back(options, channel, properties, body):
     """Send a failed task to the end of the queue. Return whether RabbitMQ has stored it there."""
     properties.user_id = None  # RabbitMQ accepts no other user's name from us
-    properties.expiration = None  # otherwise the time of the task would begin again
+    properties.expiration = None  # otherwise its time limit would begin again
     headers = (properties.headers or {}).items()  # CC and BCC name more queues to send it to
     properties.headers = {name: value for name, value in headers if name not in ("CC", "BCC")}
     try:
@@ -107,8 +108,8 @@ def put_back(options, channel, properties, body):
     except Exception as error:
         if channel.is_closed:
             raise  # the connection is lost, so the task is in its queue again
-        print(f" [!] RabbitMQ does not take it back, so we keep it: {error!r}", file=sys.stderr)
-        consume(channel, options, 1)  # one task more, because this one takes up a place
+        print(f" [!] RabbitMQ does not take it back, so we keep it: {error}", file=sys.stderr)
+        consume(channel, options, 1)  # a second consumer, as this task takes up a place of ours
         return False
     return True
 
