@@ -17,7 +17,7 @@ help:
 	@echo 'make test-endurance    run the tests that kill scripts and RabbitMQ many times'
 	@echo 'make test-speed     run the tests that measure'
 	@echo 'make promises  list what the tests prove'
-	@echo 'make bench     measure how fast the scripts are, in ten minutes; BENCH_ARGS="-k rpc": in one'
+	@echo 'make bench     measure how fast the scripts are, in six minutes; BENCH_ARGS="-k rpc": in one'
 	@echo 'make broker    keep a RabbitMQ on localhost:5672 until Ctrl+C'
 	@echo 'make lint      check format, style, types and the files for Docker and GitHub'
 	@echo 'make clean     remove .venv and all caches'
@@ -38,14 +38,14 @@ test-endurance: .venv/has-test
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
 	$(VENV_PYTHON) -m pytest -m endurance -n 4 --dist=worksteal --broker='$(BROKER)' $(PYTEST_ARGS)
 
-test-speed: .venv/has-test .venv/has-alternatives
+test-speed: .venv/has-test
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
 	$(VENV_PYTHON) -m pytest -m speed --broker='$(BROKER)' $(PYTEST_ARGS)
 
 promises: .venv/has-test
 	@$(VENV_PYTHON) -m pytest --collect-only -p no:terminal -o addopts= $(PYTEST_ARGS)
 
-bench: .venv/has-bench $(if $(findstring alternatives,$(BENCH_ARGS)),.venv/has-alternatives)
+bench: .venv/has-bench
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
 	@$(VENV_PYTHON) -m tools.bench --broker='$(BROKER)' $(BENCH_ARGS)
 
@@ -67,7 +67,7 @@ lint: .venv/has-lint
 clean:
 	rm -rf .venv build .*_cache .hypothesis *.egg-info
 
-# The packages of one of the lists in pyproject.toml: tools, test, lint, bench or alternatives.
+# The packages of one of the lists in pyproject.toml: tools, test, lint or bench.
 .venv/has-%: pyproject.toml | .venv/bin/pip
 	@echo 'Installing the Python packages for $*'
 	@.venv/bin/pip install -qq --disable-pip-version-check '.[$*]'
