@@ -67,10 +67,11 @@ lint: .venv/has-lint
 clean:
 	rm -rf .venv build .*_cache .hypothesis *.egg-info
 
-# The packages of one of the lists in pyproject.toml: tools, test, lint or bench.
+# The packages of one of the groups in pyproject.toml. Older versions of pip know no groups.
 .venv/has-%: pyproject.toml | .venv/bin/pip
 	@echo 'Installing the Python packages for $*'
-	@.venv/bin/pip install -qq --disable-pip-version-check '.[$*]'
+	@.venv/bin/pip install -qq --disable-pip-version-check 'pip>=25.1'
+	@.venv/bin/pip install -qq --disable-pip-version-check --group $*
 	@touch $@
 
 # Debian and Ubuntu have venv in a package of its own.
