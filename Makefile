@@ -29,7 +29,7 @@ demo: .venv/has-tools
 
 test: .venv/has-test
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
-	$(VENV_PYTHON) -m pytest -n 4 --dist=worksteal --durations=5 --broker='$(BROKER)' $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -n 4 --dist=worksteal --durations=10 --broker='$(BROKER)' $(PYTEST_ARGS)
 
 test-cluster: .venv/has-test
 	$(VENV_PYTHON) -m pytest -m cluster -n 3 --dist=loadfile --broker=container $(PYTEST_ARGS)
