@@ -167,7 +167,7 @@ def cluster(bench: Bench) -> Iterator[Table]:
         "publishing, --window 1": partial(send, window=1, count=n(400)),
         "publishing, --window 1000": partial(send, window=1000, count=n(8000)),
         "working, --prefetch 1": lambda queue: work(queue, n(400), WORKER),
-        "working, --prefetch 100": lambda queue: work(queue, n(5000), WORKER, "--prefetch", "100"),
+        "working, --prefetch 100": lambda queue: work(queue, n(8000), WORKER, "--prefetch", "100"),
     }
     with closing(Cluster()) as nodes, ExitStack() as stack:
         nodes.start()
@@ -204,7 +204,7 @@ def clients(bench: Bench) -> Iterator[Table]:
             "publishing: aio-pika, window 100": partial(publish, queue, "aio_pika", n(3000), "100"),
             "publishing: new_tasks.py --window 100": partial(send, queue, 100, n(15000)),
         }
-        for prefetch, count in (("1", n(600)), ("100", n(5000))):
+        for prefetch, count in (("1", n(600)), ("100", n(15000))):
             group = f"working, prefetch {prefetch}"
             ways[f"{group}: worker.py"] = partial(
                 work, queue, count, WORKER, "--prefetch", prefetch
@@ -219,7 +219,8 @@ def clients(bench: Bench) -> Iterator[Table]:
             "persistent, mandatory and confirmed. A worker has no work to do: it prints two lines "
             "and acknowledges each task when it is done. Each client has advantages that no table "
             "shows. aio-pika is for programs with asyncio, and reconnects by itself. In amqpstorm, "
-            "any thread may use a channel. kombu also works with brokers other than RabbitMQ.",
+            "any thread may use a channel, and a thread that waits for an answer looks for it every ten "
+            "milliseconds. kombu also works with brokers other than RabbitMQ.",
             "tasks/s",
             ways,
         )
