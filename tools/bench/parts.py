@@ -219,8 +219,8 @@ def clients(bench: Bench) -> Iterator[Table]:
             "persistent, mandatory and confirmed. A worker has no work to do: it prints two lines "
             "and acknowledges each task when it is done. Each client has advantages that no table "
             "shows. aio-pika is for programs with asyncio, and reconnects by itself. In amqpstorm, "
-            "any thread may use a channel, and a thread that waits for an answer looks for it every ten "
-            "milliseconds. kombu also works with brokers other than RabbitMQ.",
+            "any thread may use a channel, and a thread that waits for an answer looks for it "
+            "every ten milliseconds. kombu also works with brokers other than RabbitMQ.",
             "tasks/s",
             ways,
         )
