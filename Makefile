@@ -11,16 +11,16 @@ VENV_PYTHON = .venv/bin/python
 .PHONY: help demo test test-cluster test-endurance test-speed promises bench broker lint clean
 
 help:
-	@echo 'make demo      play a part of each lesson'
-	@echo 'make test      run the tests, four at a time'
-	@echo 'make test-cluster   run the tests of lessons 9 and 12, which start containers of their own'
-	@echo 'make test-endurance    run the tests that kill scripts and RabbitMQ many times'
-	@echo 'make test-speed     run the tests that measure'
-	@echo 'make promises  list what the tests prove'
-	@echo 'make bench     measure how fast the scripts are, in ten minutes; BENCH_ARGS="-k rpc": in one'
-	@echo 'make broker    keep a RabbitMQ on localhost:5672 until Ctrl+C'
-	@echo 'make lint      check format, style, types and the files for Docker and GitHub'
-	@echo 'make clean     remove .venv and all caches'
+	@echo 'make demo            play the first part of each lesson'
+	@echo 'make test            run the tests, four at a time'
+	@echo 'make test-cluster    run the tests of lessons 9, 11 and 12 that start containers of their own'
+	@echo 'make test-endurance  run the tests that kill scripts and RabbitMQ many times'
+	@echo 'make test-speed      run the tests that measure'
+	@echo 'make promises        list what the tests prove'
+	@echo 'make bench           measure how fast the scripts are, in six minutes; BENCH_ARGS="-k rpc": in one'
+	@echo 'make broker          keep a RabbitMQ on localhost:5672 until Ctrl+C'
+	@echo 'make lint            check format, style, types and the files for Docker and GitHub'
+	@echo 'make clean           remove all that these commands have made: .venv and caches'
 	@echo 'BROKER=auto|container|local|URL says where RabbitMQ comes from.'
 
 demo: .venv/has-tools
@@ -29,7 +29,7 @@ demo: .venv/has-tools
 
 test: .venv/has-test
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
-	$(VENV_PYTHON) -m pytest -n 4 --dist=worksteal --broker='$(BROKER)' $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -n 4 --dist=worksteal --durations=10 --broker='$(BROKER)' $(PYTEST_ARGS)
 
 test-cluster: .venv/has-test
 	$(VENV_PYTHON) -m pytest -m cluster -n 3 --dist=loadfile --broker=container $(PYTEST_ARGS)
@@ -38,14 +38,14 @@ test-endurance: .venv/has-test
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
 	$(VENV_PYTHON) -m pytest -m endurance -n 4 --dist=worksteal --broker='$(BROKER)' $(PYTEST_ARGS)
 
-test-speed: .venv/has-test .venv/has-alternatives
+test-speed: .venv/has-test
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
 	$(VENV_PYTHON) -m pytest -m speed --broker='$(BROKER)' $(PYTEST_ARGS)
 
 promises: .venv/has-test
 	@$(VENV_PYTHON) -m pytest --collect-only -p no:terminal -o addopts= $(PYTEST_ARGS)
 
-bench: .venv/has-bench $(if $(findstring alternatives,$(BENCH_ARGS)),.venv/has-alternatives)
+bench: .venv/has-bench
 	@$(VENV_PYTHON) -m tools.broker --install --broker='$(BROKER)'
 	@$(VENV_PYTHON) -m tools.bench --broker='$(BROKER)' $(BENCH_ARGS)
 
@@ -65,12 +65,14 @@ lint: .venv/has-lint
 		else echo 'Not checked: .ci/run, .ci/provision and security/*.sh, because shellcheck is not installed'; fi
 
 clean:
-	rm -rf .venv build .*_cache .hypothesis *.egg-info
+	rm -rf .venv .*_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# The packages of one of the lists in pyproject.toml: tools, test, lint, bench or alternatives.
+# The packages of one of the groups in pyproject.toml. Older versions of pip know no groups.
 .venv/has-%: pyproject.toml | .venv/bin/pip
 	@echo 'Installing the Python packages for $*'
-	@.venv/bin/pip install -qq --disable-pip-version-check '.[$*]'
+	@.venv/bin/pip install -qq --disable-pip-version-check 'pip>=25.1'
+	@.venv/bin/pip install -qq --disable-pip-version-check --group $*
 	@touch $@
 
 # Debian and Ubuntu have venv in a package of its own.

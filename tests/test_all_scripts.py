@@ -62,8 +62,8 @@ from tools.broker import Broker, Container, free_port, virtual_host_of
 # --- Errors: one line, no traceback, no password ---
 
 
-def test_no_broker_is_one_line(scripts: Scripts) -> None:
-    """A script that has nothing to wait for fails at once where no broker is."""
+def test_a_producer_that_finds_no_rabbitmq_ends_with_an_error_of_one_line(scripts: Scripts) -> None:
+    """It ends at once, and the line says which address refused it."""
     nobody = replaced(scripts.amqp_url, user=f"guest:{SECRET}", port=free_port())
     for started in scripts.launch(*PRODUCERS, amqp_url=nobody).values():
         assert re.fullmatch(rf"{re.escape(NO_BROKER)}127.0.0.1:\d+: .*refused", one_line(started))
@@ -86,9 +86,9 @@ def test_an_error_names_each_address_and_what_came_back(scripts: Scripts) -> Non
         assert re.fullmatch(re.escape(NO_BROKER) + answers, one_line(started))
 
 
-def test_what_stays_wrong_ends_each_script(scripts: Scripts) -> None:
-    """A wrong password, a wrong virtual host: consumers do not try again either, also if its name
-    is like a word of an error that passes."""
+def test_a_wrong_password_or_virtual_host_ends_each_script(scripts: Scripts) -> None:
+    """A consumer does not try again either, also if the virtual host has a name like a word from
+    an error that passes."""
     for wrong, told in (
         (replaced(scripts.amqp_url, user=f"guest:{SECRET}"), "ACCESS_REFUSED - Login was refused"),
         (replaced(scripts.amqp_url, path="/unlimited"), "NOT_ALLOWED - vhost unlimited not found"),
@@ -116,9 +116,9 @@ WRONG = [  # settings that are missing, unknown, or read in another way than the
 ]
 
 
-def test_a_wrong_url_is_one_line(scripts: Scripts) -> None:
-    """It is no usual address: nothing is tried instead of it. The line says what a URL is like, and
-    does not show the one that is wrong. A consumer does not try again."""
+def test_a_wrong_amqp_url_ends_each_script_with_an_error_of_one_line(scripts: Scripts) -> None:
+    """No other address is tried instead. The line says what a URL looks like, and does not show the
+    wrong one, which may contain a password. A consumer does not try again."""
     wrong = [scripts.start(name, amqp_url=url) for name in (SEND, NEW_TASKS) for url in WRONG]
     for started in [*wrong, *scripts.launch(*SHAPES, amqp_url="").values()]:
         assert one_line(started) == MALFORMED
@@ -133,8 +133,8 @@ def test_without_a_url_the_broker_is_on_this_computer() -> None:
     assert "host=localhost port=5672 virtual_host=/ " in shown
 
 
-def test_a_reason_can_be_understood(scripts: Scripts, own_broker: Broker, amqp_url: str) -> None:
-    """A wrong scheme, virtual host or file is not taken for a RabbitMQ that is not there."""
+def test_an_error_names_its_cause(scripts: Scripts, own_broker: Broker, amqp_url: str) -> None:
+    """A wrong scheme, virtual host or file looks different from a RabbitMQ that does not run."""
     url = replaced(amqp_url, user=f"guest:{SECRET}")
     virtual_host = virtual_host_of(amqp_url)
     stop = f'rabbit_vhost_sup_sup:stop_and_delete_vhost(<<"{virtual_host}">>).'
@@ -189,11 +189,11 @@ def waits_for_room(scripts: Scripts, full: str, make_room: Callable[[], object])
 
 
 @pytest.mark.parametrize("limits", ["vhost-limits", "user-limits"])
-def test_what_is_full_is_no_reason_to_give_up(
+def test_a_limit_of_connections_is_no_reason_to_give_up(
     broker: Broker, scripts: Scripts, amqp_url: str, limits: str
 ) -> None:
-    """Where a virtual host or a user has all the connections that it may have, the next address is
-    tried, and a consumer waits."""
+    """If a virtual host or a user has all the connections that it may have, a script tries the next
+    address, and a consumer waits."""
     everything = {"configure": ".*", "write": ".*", "read": ".*"}
     with (
         another_user(broker, amqp_url, "many", **everything) as full,
@@ -208,7 +208,7 @@ def test_what_is_full_is_no_reason_to_give_up(
         )
 
 
-def test_a_virtual_host_that_is_full_of_queues_is_waited_for(
+def test_a_consumer_waits_if_a_virtual_host_is_full_of_queues(
     broker: Broker, scripts: Scripts, amqp_url: str
 ) -> None:
     """A consumer whose queue is one too many waits until there is room."""
@@ -222,8 +222,8 @@ def test_a_virtual_host_that_is_full_of_queues_is_waited_for(
         expect_waiting(started)
 
 
-def test_a_node_that_is_full_is_waited_for(own_broker: Broker, scripts: Scripts) -> None:
-    """The same at the limit of a whole node, its connection_max."""
+def test_a_consumer_waits_if_a_node_is_full(own_broker: Broker, scripts: Scripts) -> None:
+    """A consumer that finds all connections of a node taken (connection_max) waits for one."""
     if own_broker.version.startswith("3."):
         pytest.skip(f"RabbitMQ {own_broker.version} has no such limit")
 
@@ -240,8 +240,11 @@ def test_a_node_that_is_full_is_waited_for(own_broker: Broker, scripts: Scripts)
 # --- What the broker refuses ---
 
 
-def test_other_settings_are_one_line(scripts: Scripts, channel: BlockingChannel) -> None:
-    """A queue or an exchange that exists with other settings is refused, and that is said."""
+def test_a_queue_with_other_settings_is_an_error_of_one_line(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
+    """A script says so if a queue or an exchange already exists with other settings than its own,
+    and ends."""
     for queue in ("hello", "task_queue", "rpc_queue"):
         channel.queue_declare(queue, durable=True, arguments={"x-max-length": 5})
     channel.exchange_declare("logs", "headers", durable=True)
@@ -251,8 +254,8 @@ def test_other_settings_are_one_line(scripts: Scripts, channel: BlockingChannel)
         assert "PRECONDITION_FAILED - inequivalent arg" in one_line(started)
 
 
-def test_access_refused_is_one_line(broker: Broker, scripts: Scripts) -> None:
-    """A user without permissions for a queue or an exchange is told so."""
+def test_a_missing_permission_is_an_error_of_one_line(broker: Broker, scripts: Scripts) -> None:
+    """The line says which user has no access to which queue or exchange."""
     with another_user(broker, scripts.amqp_url, "newcomer") as url:
         for started in scripts.launch(*SHAPES, NEW_TASKS, FILE_WORKER, amqp_url=url).values():
             line = one_line(started)
@@ -260,8 +263,10 @@ def test_access_refused_is_one_line(broker: Broker, scripts: Scripts) -> None:
             assert "'newcomer'" in line
 
 
-def test_a_refused_message_is_no_message_sent(broker: Broker, scripts: Scripts) -> None:
-    """A user who may declare and read, but not write: what the broker refuses was not sent."""
+def test_a_message_that_is_refused_is_not_reported_as_sent(
+    broker: Broker, scripts: Scripts
+) -> None:
+    """The user may declare and read, but not write: each producer ends with an error."""
     reader = {"configure": ".*", "write": r"^(?!amq\.default$|.*logs$).*", "read": ".*"}
     scripts.run(SEND)
     serving = consumer(scripts, RPC_SERVER)
@@ -278,8 +283,9 @@ def test_a_refused_message_is_no_message_sent(broker: Broker, scripts: Scripts) 
     assert serving.out.seen == [CONSUMERS[RPC_SERVER]]
 
 
-def test_a_broker_that_is_silent_is_one_line(scripts: Scripts) -> None:
-    """A host that accepts the connection and says nothing is given up after pika's timeout."""
+def test_a_rabbitmq_that_never_answers_is_an_error_of_one_line(scripts: Scripts) -> None:
+    """If a host accepts the connection and then says nothing, a script gives up after pika's
+    timeout. A consumer tries again."""
     silence = rf"{re.escape(NO_BROKER)}127.0.0.2:\d+: .*Timeout.*"
     with closing(Proxy(scripts.amqp_url, lambda *_: False)) as silent:
         running = scripts.launch(*SHAPES, amqp_url=f"{silent.url}?stack_timeout=1")
@@ -290,7 +296,9 @@ def test_a_broker_that_is_silent_is_one_line(scripts: Scripts) -> None:
                 assert re.fullmatch(silence, one_line(started))
 
 
-def test_nothing_needs_what_newer_brokers_refuse(broker: Broker, channel: BlockingChannel) -> None:
+def test_no_script_needs_what_newer_versions_of_rabbitmq_refuse(
+    broker: Broker, channel: BlockingChannel
+) -> None:
     """All tests run on a RabbitMQ that refuses queues that are neither durable nor exclusive, as
     the official image of 4.3 does. (One without containers, or before 4.0, permits them.)"""
     if not isinstance(broker, Container) or broker.version.startswith("3."):
@@ -303,8 +311,8 @@ def test_nothing_needs_what_newer_brokers_refuse(broker: Broker, channel: Blocki
 
 
 def test_an_amqps_url_is_encrypted(scripts: Scripts, tmp_path: Path) -> None:
-    """amqps and ssl_options work as pika's URLParameters says; a stranger's certificate is one
-    line."""
+    """amqps and ssl_options work as pika's URLParameters says. The certificate of a stranger is an
+    error of one line."""
     ours, stranger = trustme.CA(), trustme.CA()
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     ours.issue_cert("127.0.0.2").configure_cert(tls)
@@ -393,7 +401,7 @@ def parts_of(name: str) -> tuple[str, str, str]:
     return signals, plumbing, ending
 
 
-def test_the_shared_lines_are_the_same_to_the_letter() -> None:
+def test_what_all_scripts_do_is_the_same_code_in_each() -> None:
     """All producers are the same before their lesson and after it, and so are all consumers. Both
     connect in the same way, and new_tasks.py treats signals in a way of its own."""
     names = [*PRODUCERS, "streams/emit_log_stream.py"], [*CONSUMERS, "streams/read_logs.py"]
@@ -410,8 +418,8 @@ def test_the_shared_lines_are_the_same_to_the_letter() -> None:
 @pytest.mark.parametrize(
     "name", [name for name in SCRIPTS if name not in (NEW_TASKS, NEW_FILE, PARKED)]
 )
-def test_a_script_begins_with_the_lesson(name: str) -> None:
-    """The first declaration stands within 29 lines, or 48 in the longest scripts."""
+def test_a_script_begins_with_what_its_lesson_teaches(name: str) -> None:
+    """It declares its queue or exchange within 29 lines, or 48 in the longest scripts."""
     lines = (ROOT / name).read_text().splitlines()
     first = next(i for i, line in enumerate(lines, 1) if re.search(r"channel\.\w+_declare\(", line))
     assert first <= (48 if name in (RPC_CLIENT, FILE_WORKER) else 29)

@@ -74,7 +74,7 @@ def play_text(text: str, folder: Path, timeout: float = TIMEOUT) -> None:
         player.play(steps(document))
 
 
-def test_a_true_text_passes(tmp_path: Path) -> None:
+def test_a_lesson_that_is_true_passes(tmp_path: Path) -> None:
     """Commands, output, Ctrl+C, background jobs, two terminals: all as the text says."""
     play_text(GOOD, tmp_path)
 
@@ -96,7 +96,9 @@ def test_a_true_text_passes(tmp_path: Path) -> None:
         pytest.param("# two\n$ kill", "$ kill", "line 31", "# NAME", id="no name"),
     ],
 )
-def test_a_wrong_text_fails(tmp_path: Path, old: str, new: str, where: str, why: str) -> None:
+def test_a_lesson_that_is_wrong_fails(
+    tmp_path: Path, old: str, new: str, where: str, why: str
+) -> None:
     """A text that differs from what happens fails, and the failure says where and how."""
     assert GOOD.count(old) == 1
     timeout = TIMEOUT if "came" in why else 3
@@ -216,8 +218,8 @@ def test_what_the_excerpts_show_is_in_the_scripts(document: Path) -> None:
 
 
 @each_document
-def test_no_block_escapes(document: Path) -> None:
-    """A block is played, looked up, or no claim: a diagram or plain text."""
+def test_each_block_of_a_lesson_is_of_a_known_kind(document: Path) -> None:
+    """It is played in a terminal, looked up in the scripts, a diagram, or plain text."""
     for block in blocks(document):
         assert block.language in LANGUAGES, block
 
@@ -229,7 +231,7 @@ def anchors(document: Path) -> set[str]:
 
 
 @each_document
-def test_each_link_leads_somewhere(document: Path) -> None:
+def test_each_link_to_a_file_finds_it(document: Path) -> None:
     """A link to a file of this project finds the file, and the heading if it names one."""
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", document.read_text("utf-8"))
     assert links
@@ -237,6 +239,30 @@ def test_each_link_leads_somewhere(document: Path) -> None:
         target = document.parent / path if path else document
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_figures_in_lessons_are_those_of_the_bench() -> None:
+    """The table of lesson 7, and how many times as long something takes. After a new run of the
+    bench, this test says which figures the lessons need."""
+    bench = "tools/bench/README.md"
+    text = (ROOT / bench).read_text(encoding="utf-8")
+    medians = dict(re.findall(r"^\| (.+?) +\| +([\d,.]+) \|", text, re.MULTILINE))
+    confirms, rpc = (
+        (ROOT / name / "README.md").read_text(encoding="utf-8")
+        for name in ("publisher_confirms", "rpc")
+    )
+    rows = re.findall(r"^\| ([^|]+) \| ([\d,.]+) \|$", confirms, re.MULTILINE)
+    assert len(rows) == 6
+    assert dict(rows).items() <= medians.items()
+
+    one = "one at a time"
+    for lesson, table, fast, slow in (
+        (confirms, "working-what", "classic queue: --prefetch 100", "classic queue: --prefetch 1"),
+        (rpc, "rpc-cheap-calls", one, f"{one}, a callback queue for each call"),
+    ):
+        times = float(medians[fast].replace(",", "")) / float(medians[slow].replace(",", ""))
+        link = f"[about {times:.0f} times as long](../{bench}#{table}"
+        assert link in " ".join(lesson.split())
 
 
 @each_lesson

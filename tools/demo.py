@@ -36,13 +36,13 @@ def perform(story: list[Step], broker: Broker) -> None:
 
     def show(name: str, line: str) -> None:
         nonlocal begin
-        if console.is_terminal and line.startswith("$ "):
-            time.sleep(1)  # so that one can read what came before
         begin = begin or time.monotonic()
         colour = COLOURS[names.index(name) % len(COLOURS)]
         bold = "bold" if line.startswith(("$ ", "> ", "^C")) else ""
         terminal, seconds = f"{name:<{width}} | ", f"{time.monotonic() - begin:5.1f} s  "
         console.print(Text.assemble((seconds, "dim"), (terminal, colour), (line, bold)))
+        if console.is_terminal and line.startswith("$ "):
+            time.sleep(1.5)  # one can read it, and what came before, and then it happens
 
     play(story, broker, show, timeout=60)  # a cluster needs a while to start
 
@@ -69,9 +69,9 @@ def main() -> None:
             try:
                 perform(steps(document, None if options.all else "Run it"), broker)
             except NeedsDocker:
-                console.print("Left out: this lesson starts containers of its own.")
+                console.print("Left out: this lesson starts a RabbitMQ of its own, with Docker.")
                 left_out += 1
-        result = "All went as the texts say" + (f"; {left_out} left out" if left_out else "")
+        result = "All went as the lessons say" + (f"; {left_out} left out" if left_out else "")
         console.print(f"\n=== {result}", style="bold")
     except (NoBroker, LessonError) as error:
         sys.exit(f" [!] {error}")

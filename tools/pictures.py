@@ -1,7 +1,7 @@
 """Makes the pictures of the README, of lesson 2 and of lesson 9 from what really happens.
 
-    pip install '.[test,pictures]' && apt-get install chromium
-    python -m tools.pictures [--broker auto|container|local]
+    make .venv/has-pictures && apt-get install chromium
+    .venv/bin/python -m tools.pictures [--broker auto|container|local]
 
 `tools/demo.svg` is a recording of the section "Run it" of lesson 2: its terminals side by side, at
 their own speed. `work_queues/management.png` is RabbitMQ's page while two workers work.

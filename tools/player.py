@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from tools import ROOT, TIMEOUT, environment
-from tools.broker import Broker, Container, Project
+from tools.broker import Broker, Compose, Project
 from tools.lesson import ANYTHING, LessonError, Step, without_docker
 from tools.terminal import Terminal
 
@@ -158,7 +158,7 @@ def play(
             url = broker.amqp_url
             broker.api("DELETE", "vhosts/%2F")
             broker.api("PUT", "vhosts/%2F", {})
-        if isinstance(broker, Project | Container):
+        if isinstance(broker, Compose):
             settings = broker.settings
         elif broker.owned:
             story = [replace(step, text=without_docker(step.text)) for step in story]
@@ -169,7 +169,7 @@ def play(
                 "RABBITMQ_MANAGEMENT_PORT": broker.management_url.rpartition(":")[2],
             }
         for step in story:
-            if step.text.startswith("$ docker ") and not isinstance(broker, Project | Container):
+            if step.text.startswith("$ docker ") and not isinstance(broker, Compose):
                 raise NeedsDocker(f"{step.fails('this needs Docker Compose')}")
             if step.text.startswith("$ docker compose up") and not isinstance(broker, Project):
                 raise NeedsDocker(f"{step.fails('this starts a RabbitMQ of its own')}")

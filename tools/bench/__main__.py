@@ -1,82 +1,84 @@
-"""Measure how fast the scripts are, and write tables and charts.
-
-python -m tools.bench [--broker auto|container|local|URL] [-k PART ...] [--alternatives]
-"""
+"""Measures how fast the scripts are, and prints tables: `make bench`."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import signal
 import sys
-from collections.abc import Iterator
 from contextlib import closing
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
+from rich.progress import track
 
-from tools.bench import report
-from tools.bench.alternatives import alternatives
-from tools.bench.measure import Bench, Table
-from tools.bench.parts import PARTS as OURS
-from tools.broker import NoBroker, start
+from tools.bench.measure import Bench
+from tools.bench.parts import PARTS
+from tools.broker import Broker, NoBroker, start
 
-PARTS = {**OURS, "alternatives": alternatives}  # these only if they are asked for
+FIRST_LINES = """\
+# How fast are the scripts?
 
-console = Console(highlight=False, soft_wrap=True)
+`make bench` measures this on your own computer. The figures here are from one run of it. Other
+computers have other figures: compare the ratios.
+
+Each line of a table is one way to do something. In each turn, every way of the table is run once.
+There are several turns, and the table shows the median, the minimum and the maximum of each way.
+The ratio says how many times as fast a way is as the first way of its table, or as the first one
+that has the same words before the colon.
+"""
 
 
-def measured(bench: Bench, names: list[str], runs: int) -> Iterator[Table]:
-    """Measure these parts, show how far it is, and yield each table when it is complete."""
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as shown:
-        for name in names:
-            task = shown.add_task(f"{name}: getting ready", total=None)
-            try:
-                for table in PARTS[name](bench):
-                    total = table.runs or runs
-                    shown.update(task, total=total * len(table.ways), completed=0)
-                    for _ in range(total):
-                        for way in table.take():
-                            shown.update(task, description=f"{table.name}: {way}", advance=1)
-                    console.print(f"\n{report.markdown(table)}")
-                    yield table
-                    shown.update(task, description=f"{name}: getting ready", total=None)
-            except NoBroker as error:
-                console.print(f" [!] {name} is left out: {error}")
-            shown.remove_task(task)
+def about(broker: Broker) -> str:
+    """Return the lines that stand above the tables."""
+    libraries = ", ".join(
+        f"{name} {version(name)}" for name in ("pika", "aio-pika", "amqpstorm", "kombu")
+    )
+    return (
+        f"- date: {datetime.now(timezone.utc):%Y-%m-%d}\n"
+        f"- broker: {broker}\n"
+        f"- machine: {os.cpu_count()} processors ({platform.machine()}), {platform.system()}; "
+        f"load {os.getloadavg()[0]:.1f} before it began\n"
+        f"- versions: Python {platform.python_version()}, {libraries}\n"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("--broker", default="auto", metavar="auto|container|local|URL")
     parser.add_argument("-k", dest="parts", nargs="+", choices=PARTS, help="only these parts")
-    parser.add_argument("--alternatives", action="store_true", help="measure other clients, too")
     parser.add_argument("--runs", type=int, default=5, help="how often each way is run")
     parser.add_argument("--scale", type=float, default=1, help="how many messages a run sends")
-    parser.add_argument("--output", type=Path, default=Path("bench"), help="the folder to write")
+    parser.add_argument("--output", type=Path, help="write the tables to this file, too")
     options = parser.parse_args()
-    names = options.parts or list(OURS)
-    names += ["alternatives"] * options.alternatives
 
     for number in (signal.SIGINT, signal.SIGTERM):  # a job in the background has SIGINT ignored
         signal.signal(number, signal.default_int_handler)
-    load = os.getloadavg()[0]
+    console = Console(highlight=False, soft_wrap=True)
+    sections = [FIRST_LINES]
     try:
         with closing(start(options.broker)) as broker:
-            head = report.about(broker, load)
-            console.print(head)
-            tables: list[Table] = []
-            for table in measured(Bench(broker, options.scale), names, options.runs):
-                tables.append(table)
-                report.write(options.output, head, tables)
+            sections.append(about(broker))
+            console.print(sections[-1])
+            for name in options.parts or PARTS:
+                try:
+                    for table in PARTS[name](Bench(broker, options.scale)):
+                        ways = list(table.ways) * options.runs
+                        for way in track(ways, table.title, console=console, transient=True):
+                            table.run(way)
+                        sections.append(table.markdown())
+                        console.print(sections[-1])
+                        if options.output:
+                            options.output.write_text("\n".join(sections), encoding="utf-8")
+                except NoBroker as error:
+                    console.print(f" [!] {name} is left out: {error}")
     except NoBroker as error:
         sys.exit(f" [!] {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    if not tables:
-        sys.exit(1)
-    console.print(f"The tables are in {options.output}/README.md, with a chart for each of them.")
 
 
 if __name__ == "__main__":

@@ -3,151 +3,119 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from types import TracebackType
 
 import pika
+from pika.adapters.blocking_connection import BlockingChannel
 
 from tools import ROOT, environment
-from tools.broker import Broker, eventually, virtual_host_of
+from tools.broker import Broker, eventually
 
 PATIENCE = 120  # seconds for one run; it takes about one
-POLL = 0.001  # seconds between two looks at a file or a queue
+
+
+def figure(value: float) -> str:
+    """Return a number with three digits that count."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 @dataclass
 class Table:
     """Several ways to do the same. Each of them is run several times."""
 
-    name: str  # of its chart
     title: str
     about: str
     unit: str
     ways: dict[str, Callable[[], float]]  # each makes one run and returns its figure
-    group: int = 100  # after so many ways, another group begins
-    runs: int | None = None  # if not as many as usual
     figures: dict[str, list[float]] = field(default_factory=dict)
 
-    def take(self) -> Iterator[str]:
-        """Run all ways in turn, again and again; yield the name of each one that has been run."""
-        for way, run in self.ways.items():
-            self.figures.setdefault(way, []).append(run())
-            yield way
+    def run(self, way: str) -> None:
+        """Make one run."""
+        self.figures.setdefault(way, []).append(self.ways[way]())
 
-    def ratio(self, way: str) -> float:
-        """Return how many times the figure of its group's first way this one's is.
+    def markdown(self) -> str:
+        """Return the section about it. A way is compared with the first one before its colon."""
+        rows = [[self.unit, "median", "minimum", "maximum", "ratio"]]
+        first: dict[str, float] = {}
+        for way, values in self.figures.items():
+            middle = median(values)
+            ratio = middle / first.setdefault(way.rpartition(":")[0], middle)
+            numbers = (middle, min(values), max(values), float(f"{ratio:.2g}"))
+            rows.append([way, *map(figure, numbers)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+        lines = (
+            [name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])] for name, *numbers in rows
+        )
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"## {self.title}\n\n{self.about}\n\n{table}\n"
 
-        It is the median of the ratios within one turn: what slows a turn down slows both.
-        """
-        names = list(self.ways)
-        i = names.index(way)
-        first = self.figures[names[i - i % self.group]]
-        return median(x / y for x, y in zip(self.figures[way], first, strict=True))
 
-
-class Counted:
+class Script(subprocess.Popen[bytes]):
     """A running Python script. Its output goes to a file, so that no reader slows it down."""
 
-    def __init__(self, amqp_url: str, *command: str, line: str, feed: bool = False) -> None:
+    def __init__(self, amqp_url: str, *command: str, line: str) -> None:
         """Start it. `line` is the beginning of those lines that are counted."""
-        self.name = " ".join(command)
-        self._line = line.encode()
-        self._counted = 0
-        self._read = 0  # up to where in the file
+        self._line = f"\n{line}".encode()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(
+        self._read = self._counted = 0
+        super().__init__(
             [sys.executable, *command],
             cwd=ROOT,
-            env=environment(amqp_url),
-            stdin=subprocess.PIPE if feed else subprocess.DEVNULL,
+            env=environment(amqp_url, PYTHONPATH=str(ROOT)),
+            stdin=subprocess.PIPE,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
 
-    def __enter__(self) -> Counted:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
-    ) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # with the processes that it has started
-        self.process.wait()
-        if self.process.stdin:
-            self.process.stdin.close()
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        super().__exit__(None, None, None)
         self._output.close()
-
-    def count(self) -> int:
-        """Return how many of the lines have come."""
-        data = os.pread(self._output.fileno(), 2**24, self._read)
-        lines = data[: data.rfind(b"\n") + 1]  # the rest will come
-        self._read += len(lines)
-        self._counted += (b"\n" + lines).count(b"\n" + self._line)
-        return self._counted
 
     def wait_for(self, count: int) -> tuple[float, int]:
         """Wait until at least so many lines have come. Return when that was, and how many came."""
         deadline = time.monotonic() + PATIENCE
-        while self.count() < count:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                if self.count() >= count:  # its last lines came while we looked
-                    break
+        while True:
+            ended = self.poll() is not None or time.monotonic() > deadline
+            data = os.pread(self._output.fileno(), 2**24, self._read)
+            lines = data[: data.rfind(b"\n") + 1]  # the rest will come
+            self._read += len(lines)
+            self._counted += (b"\n" + lines).count(self._line)
+            if self._counted >= count:
+                return time.perf_counter(), self._counted
+            if ended:
                 last = os.pread(self._output.fileno(), 500, max(self._read - 500, 0))
-                raise RuntimeError(
-                    f"{self.name} printed too little: {last.decode(errors='replace')}"
-                )
-            time.sleep(POLL)
-        return time.perf_counter(), self._counted
-
-    def feed(self, lines: bytes) -> None:
-        """Write lines to its standard input."""
-        assert self.process.stdin
-        self.process.stdin.write(lines)
-        self.process.stdin.flush()
-
-    def end_of_lines(self) -> None:
-        """Close its standard input."""
-        assert self.process.stdin
-        self.process.stdin.close()
-
-    def peak_memory(self) -> float:
-        """Return the most memory that it has used, in MB."""
-        with open(f"/proc/{self.process.pid}/status") as status:
-            peak = next(line for line in status if line.startswith("VmHWM"))
-        return int(peak.split()[1]) / 1024
+                raise RuntimeError(f"{self.args!r} printed too little: {last!r}")
+            time.sleep(0.001)
 
 
 class Queue:
-    """The queue task_queue in a virtual host, and what the broker says about it."""
+    """The queue task_queue in a virtual host."""
 
-    def __init__(self, amqp_url: str) -> None:
+    def __init__(self, channel: BlockingChannel, amqp_url: str) -> None:
+        self._channel = channel
         self.amqp_url = amqp_url
-        parameters = pika.URLParameters(amqp_url.split(",")[0])
-        parameters.heartbeat = 0  # nobody sends any while a million tasks are sent
-        self._channel = pika.BlockingConnection(parameters).channel()
-        self.fresh()
 
     def fresh(self) -> None:
         """Delete the queue with all that is in it, and declare it anew."""
         self._channel.queue_delete("task_queue")
         self._channel.queue_declare("task_queue", durable=True)
 
-    def ready(self) -> int:
-        """Return how many tasks wait in it."""
-        return int(self._channel.queue_declare("task_queue", passive=True).method.message_count)
-
     def wait_for(self, count: int) -> None:
         """Wait until exactly so many tasks wait in it."""
-        eventually(lambda: self.ready() == count, f"{count} tasks are in the queue", PATIENCE)
+
+        def ready() -> int:
+            return int(self._channel.queue_declare("task_queue", passive=True).method.message_count)
+
+        eventually(lambda: ready() == count, f"{count} tasks are in the queue", PATIENCE)
 
     def fill(self, count: int) -> None:
         """Put tasks into a fresh queue."""
@@ -157,44 +125,28 @@ class Queue:
             self._channel.basic_publish("", "task_queue", b"task %05d" % i, persistent)
         self.wait_for(count)
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._channel.connection.close()
 
-
+@dataclass
 class Bench:
     """A broker, and how much to measure on it."""
 
-    def __init__(self, broker: Broker, scale: float = 1) -> None:
-        self.broker = broker
-        self._scale = scale
+    broker: Broker
+    scale: float = 1
 
-    def count(self, full: int, least: int = 3) -> int:
+    def count(self, full: int) -> int:
         """Return how many messages a run sends that sends `full` of them at full scale."""
-        return max(int(full * self._scale), least)
+        return max(int(full * self.scale), 3)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of queue that a virtual host can have by default."""
+        return ["classic"] if self.broker.version.startswith("3.10.") else ["classic", "quorum"]
 
     @contextmanager
     def queue(self, name: str, kind: str = "classic") -> Iterator[Queue]:
-        """Open the queue task_queue in a virtual host of its own."""
-        with self.virtual_host(name, kind) as url, ExitStack() as stack:
-            queue = Queue(url)
-            stack.callback(queue.close)
-            yield queue
-
-    @contextmanager
-    def virtual_host(self, name: str, kind: str = "classic") -> Iterator[str]:
-        """Make a virtual host where queues that are declared without a type are of this kind."""
+        """Open a queue in a virtual host where queues are of this kind."""
         with self.broker.virtual_host(f"bench-{name}", default_queue_type=kind) as url:
-            yield url
-
-    def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of queue that virtual_host can choose: 3.10 ignores what it asks for."""
-        with self.queue("kinds", "quorum") as queue:
-            path = f"queues/{virtual_host_of(queue.amqp_url)}/task_queue"
-            kind = self.broker.api("GET", path)["type"]
-            return ("classic", "quorum") if kind == "quorum" else ("classic",)
-
-    def memory(self) -> float:
-        """Return how much memory the broker says that it uses, in MB."""
-        time.sleep(6 * min(self._scale, 1))  # the broker counts every five seconds
-        return float(self.broker.api("GET", "nodes")[0]["mem_used"]) / 2**20
+            parameters = pika.URLParameters(url.split(",")[0])
+            parameters.heartbeat = 0  # nobody sends any during a run
+            with closing(pika.BlockingConnection(parameters)) as connection:
+                yield Queue(connection.channel(), url)

@@ -10,16 +10,13 @@ from contextlib import ExitStack, closing
 from functools import partial
 
 from tools import ROOT, environment
-from tools.bench.measure import Bench, Counted, Queue, Table
+from tools.bench.measure import Bench, Queue, Script, Table
 from tools.broker import Cluster, Container, NoBroker
-
-Part = Callable[[Bench], Iterator[Table]]
 
 NEW_TASK = "work_queues/new_task.py"
 NEW_TASKS = "publisher_confirms/new_tasks.py"
 WORKER = "work_queues/worker.py"
-PLAIN = "tools/bench/plain.py"
-TASK = b"task %05d\n"  # ten bytes and the end of the line
+CLIENTS = "tools/bench/clients"
 
 
 # --- One run of each kind: it returns how many messages a second ---
@@ -28,165 +25,103 @@ TASK = b"task %05d\n"  # ten bytes and the end of the line
 def send_one_by_one(queue: Queue, count: int) -> float:
     """Run new_task.py once for each task."""
     queue.fresh()
-    command = [sys.executable, NEW_TASK, "task 00000"]
+    command, env = [sys.executable, NEW_TASK, "task 00000"], environment(queue.amqp_url)
     begin = time.perf_counter()
     for _ in range(count):
-        subprocess.run(
-            command, cwd=ROOT, env=environment(queue.amqp_url), check=True, capture_output=True
-        )
+        subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
     return count / (time.perf_counter() - begin)
 
 
-def send(queue: Queue, window: int, count: int, lines: bytes = b"", fresh: bool = True) -> float:
+def send(queue: Queue, window: int, count: int) -> float:
     """Give lines to new_tasks.py, which has sent one already; time them until it has ended."""
-    if fresh:
-        queue.fresh()
-    before = queue.ready()
-    lines = lines or b"".join(TASK % i for i in range(count))
+    queue.fresh()
     command = (NEW_TASKS, "--window", str(window))
-    with Counted(queue.amqp_url, *command, line=" [x] Sent", feed=True) as script:
-        script.feed(TASK % 0)
-        queue.wait_for(before + 1)
+    with Script(queue.amqp_url, *command, line=" [x] Sent") as script:
+        assert script.stdin
+        script.stdin.write(b"task 00000\n")
+        script.stdin.flush()
+        queue.wait_for(1)
         begin = time.perf_counter()
-        script.feed(lines)
-        script.end_of_lines()
+        with script.stdin:
+            script.stdin.write(b"".join(b"task %05d\n" % i for i in range(count)))
         return count / (script.wait_for(1)[0] - begin)
 
 
-def send_plainly(queue: Queue, count: int, *options: str) -> float:
-    """Publish with plain.py."""
+def begin_to_end(amqp_url: str, script: str, count: int, *options: str) -> float:
+    """Time a script from its line "Begin" to its line "End"."""
+    with Script(amqp_url, f"{CLIENTS}/{script}.py", *options, line=" [.]") as started:
+        begin, _ = started.wait_for(1)
+        return count / (started.wait_for(2)[0] - begin)
+
+
+def publish(queue: Queue, client: str, count: int, *options: str) -> float:
+    """Publish with a client of another kind."""
     queue.fresh()
-    with Counted(queue.amqp_url, PLAIN, str(count), *options, line=" [.]") as script:
-        begin, _ = script.wait_for(1)
-        return count / (script.wait_for(2)[0] - begin)
+    options = ("publish", str(count), *options)
+    return begin_to_end(queue.amqp_url, f"with_{client}", count, *options)
 
 
-def work(
-    queue: Queue,
-    count: int,
-    *options: str,
-    command: tuple[str, ...] = (WORKER,),
-    fill: bool = True,
-) -> float:
+def call(amqp_url: str, count: int, in_flight: int, *options: str) -> float:
+    """Call with the class FibonacciRpcClient."""
+    return begin_to_end(amqp_url, "rpc_calls", count, str(count), str(in_flight), *options)
+
+
+def work(queue: Queue, count: int, *command: str) -> float:
     """Fill the queue, and let a worker do the tasks; time from the first to the last one."""
-    if fill:
-        queue.fill(count)
-    with Counted(queue.amqp_url, *command, *options, line=" [x] Done") as worker:
+    queue.fill(count)
+    with Script(queue.amqp_url, *command, line=" [x] Done") as worker:
         begin, done = worker.wait_for(1)
         end, all_done = worker.wait_for(count)
         return max(all_done - done, 1) / (end - begin)  # few tasks may be done by now
-
-
-def call(amqp_url: str, n: int, count: int, *options: str) -> float:
-    """Call fib(n) with the class FibonacciRpcClient."""
-    command = ("-m", "tools.bench.calls", str(n), str(count), *options)
-    with Counted(amqp_url, *command, line=" [.]") as client:
-        begin, _ = client.wait_for(1)
-        return count / (client.wait_for(2)[0] - begin)
-
-
-def log(amqp_url: str, receivers: list[Counted], count: int) -> float:
-    """Publish log lines, and time until each receiver has printed all of them."""
-    before = [receiver.count() for receiver in receivers]
-    with Counted(amqp_url, PLAIN, str(count), "--exchange", "logs", line=" [.]") as emitter:
-        begin, _ = emitter.wait_for(1)
-        ends = [r.wait_for(b + count)[0] for r, b in zip(receivers, before, strict=True)]
-        return count / (max(ends) - begin)
 
 
 # --- The parts ---
 
 
 def publishing(bench: Bench) -> Iterator[Table]:
+    n = bench.count
     with bench.queue("publishing") as queue:
-        n = bench.count
         yield Table(
-            "publishing",
             "Publishing: what a confirm costs",
-            "The tasks are persistent, have 10 bytes, and go to one classic queue. `new_task.py` "
-            "needs a new process for each task. `new_tasks.py` waits only when as many tasks as "
-            "its window are unconfirmed. The other ways use pika's BlockingConnection.",
+            "The tasks have 10 bytes and go to one classic queue. The first four ways use pika's "
+            "`BlockingConnection`, and the tasks are persistent if the table does not say "
+            '"transient". The next way is `new_task.py`, which needs a new process for each task. '
+            "The last ones are `new_tasks.py`, which waits only when as many tasks as its window "
+            "are unconfirmed.",
             "tasks/s",
             {
-                "BlockingConnection, a confirm after each": partial(
-                    send_plainly, queue, n(400), "--confirm"
+                "a confirm after each": partial(publish, queue, "pika", n(400), "confirmed"),
+                "a confirm after each, transient": partial(
+                    publish, queue, "pika", n(700), "confirmed", "transient"
                 ),
-                "new_task.py, one process a task": partial(send_one_by_one, queue, n(4, 2)),
-                "new_tasks.py --window 1": partial(send, queue, 1, n(700)),
-                "new_tasks.py --window 10": partial(send, queue, 10, n(4000)),
-                "new_tasks.py --window 100": partial(send, queue, 100, n(15000)),
-                "new_tasks.py --window 1000": partial(send, queue, 1000, n(25000)),
-                "BlockingConnection, no confirms": partial(send_plainly, queue, n(15000)),
+                "no confirms": partial(publish, queue, "pika", n(15000)),
+                "no confirms, transient": partial(publish, queue, "pika", n(15000), "transient"),
+                "one process per task": partial(send_one_by_one, queue, n(4)),
+                "window 1": partial(send, queue, 1, n(700)),
+                "window 10": partial(send, queue, 10, n(4000)),
+                "window 100": partial(send, queue, 100, n(15000)),
+                "window 1000": partial(send, queue, 1000, n(25000)),
             },
-        )
-        yield Table(
-            "persistence",
-            "Publishing: persistent and transient",
-            "Messages of 10 bytes to one classic queue, with a BlockingConnection.",
-            "messages/s",
-            {
-                "persistent, a confirm after each": partial(
-                    send_plainly, queue, n(400), "--confirm"
-                ),
-                "transient, a confirm after each": partial(
-                    send_plainly, queue, n(700), "--confirm", "--transient"
-                ),
-                "persistent, no confirms": partial(send_plainly, queue, n(15000)),
-                "transient, no confirms": partial(send_plainly, queue, n(15000), "--transient"),
-            },
-            group=2,
-        )
-
-        def lines(size: int, count: int) -> bytes:
-            return (b"x" * size + b"\n") * count
-
-        sizes = {
-            (size, window): n(count)
-            for size, window, count in [
-                (10, 1, 700),
-                (1000, 1, 700),
-                (100_000, 1, 200),
-                (10, 1000, 25000),
-                (1000, 1000, 15000),
-                (100_000, 1000, 400),
-            ]
-        }
-        names = {10: "10 bytes", 1000: "1 kB", 100_000: "100 kB"}
-        yield Table(
-            "size",
-            "Publishing: how large the tasks are",
-            "Persistent tasks to one classic queue, with `new_tasks.py`.",
-            "tasks/s",
-            {
-                f"{names[size]}, --window {window}": partial(
-                    send, queue, window, count, lines(size, count)
-                )
-                for (size, window), count in sizes.items()
-            },
-            group=3,
         )
 
 
 def working(bench: Bench) -> Iterator[Table]:
     counts = {
-        "--prefetch 1": 700,
-        "--in-callback": 700,
-        "--prefetch 10": 2500,
-        "--prefetch 100": 2500,
-        "--prefetch 0": 2500,
-        "--auto-ack --prefetch 0": 4000,
+        "--prefetch 1": 1000,
+        "--prefetch 10": 5000,
+        "--prefetch 100": 15000,
+        "--auto-ack --prefetch 0": 15000,
     }
     with ExitStack() as stack:
-        queues = {kind: stack.enter_context(bench.queue(kind, kind)) for kind in bench.kinds()}
+        queues = {kind: stack.enter_context(bench.queue(kind, kind)) for kind in bench.kinds}
         yield Table(
-            "working",
             "Working: what an acknowledgement costs",
             "Many tasks wait in the queue, and they need no work. One `worker.py` does them, and "
-            "prints two lines for each task. With `--in-callback`, the prefetch is 1.",
+            "prints two lines for each task.",
             "tasks/s",
             {
-                f"{kind} queue, {options}": partial(
-                    work, queue, bench.count(count), *options.split()
+                f"{kind} queue: {options}": partial(
+                    work, queue, bench.count(count), WORKER, *options.split()
                 )
                 for kind, queue in queues.items()
                 for options, count in counts.items()
@@ -198,144 +133,97 @@ def rpc(bench: Bench) -> Iterator[Table]:
     n = bench.count
     with ExitStack() as stack:
 
-        def servers(kind: str, number: int) -> str:
+        def servers(number: int) -> str:
             """Start servers in a virtual host of their own, and return its URL."""
-            url = stack.enter_context(bench.virtual_host(f"rpc-{kind}-{number}", kind))
+            url = stack.enter_context(bench.queue(f"rpc-{number}")).amqp_url
             for _ in range(number):
-                server = stack.enter_context(
-                    Counted(url, "rpc/rpc_server.py", line=" [x] Awaiting")
-                )
-                server.wait_for(1)
+                server = Script(url, "rpc/rpc_server.py", line=" [x] Awaiting")
+                stack.enter_context(server).wait_for(1)
             return url
 
-        one, two = servers("classic", 1), servers("classic", 2)
-        ways: dict[str, Callable[[], float]] = {
-            "one at a time": partial(call, one, 5, n(400)),
-            "one at a time, a callback queue for each call": partial(
-                call, one, 5, n(150), "--queue-per-call"
-            ),
-            "10 in flight": partial(call, one, 5, n(1000), "--in-flight", "10"),
-            "100 in flight": partial(call, one, 5, n(1000), "--in-flight", "100"),
-            "100 in flight, two servers": partial(call, two, 5, n(1000), "--in-flight", "100"),
-        }
-        if "quorum" in bench.kinds():
-            url = servers("quorum", 1)
-            ways["one at a time, rpc_queue a quorum queue"] = partial(call, url, 5, n(300))
+        one, two = servers(1), servers(2)
         yield Table(
-            "rpc",
             "RPC: cheap calls",
             'The class `FibonacciRpcClient` asks `rpc_server.py` for fib(5). "10 in flight" means '
             "that up to 10 requests wait for their answers at the same time.",
             "calls/s",
-            ways,
-        )
-        yield Table(
-            "rpc-expensive",
-            "RPC: expensive calls",
-            "The same for fib(25), which takes a processor about 20 milliseconds. Up to 10 "
-            "requests wait for their answers.",
-            "calls/s",
             {
-                "one server": partial(call, one, 25, n(40), "--in-flight", "10"),
-                "two servers": partial(call, two, 25, n(80), "--in-flight", "10"),
+                "one at a time": partial(call, one, n(400), 1),
+                "one at a time, a callback queue for each call": partial(
+                    call, one, n(150), 1, "queue-per-call"
+                ),
+                "10 in flight": partial(call, one, n(1000), 10),
+                "100 in flight": partial(call, one, n(1000), 100),
+                "100 in flight, two servers": partial(call, two, n(1000), 100),
             },
         )
 
 
-def logs(bench: Bench) -> Iterator[Table]:
-    with ExitStack() as stack:
-        ways: dict[str, Callable[[], float]] = {}
-        for number, count in ((1, 5000), (2, 3000), (4, 1500), (8, 800)):
-            url = stack.enter_context(bench.virtual_host(f"logs-{number}"))
-            command = (url, "publish_subscribe/receive_logs.py")
-            receivers = [stack.enter_context(Counted(*command, line=" [")) for _ in range(number)]
-            for receiver in receivers:
-                receiver.wait_for(1)  # it waits for logs
-            name = f"{number} receiver" + "s" * (number > 1)
-            ways[name] = partial(log, url, receivers, bench.count(count))
+def cluster(bench: Bench) -> Iterator[Table]:
+    if not isinstance(bench.broker, Container):
+        raise NoBroker("The three nodes are containers, so the one beside them must be one, too")
+    n = bench.count
+    runs: dict[str, Callable[[Queue], float]] = {
+        "publishing, --window 1": partial(send, window=1, count=n(400)),
+        "publishing, --window 1000": partial(send, window=1000, count=n(8000)),
+        "working, --prefetch 1": lambda queue: work(queue, n(400), WORKER),
+        "working, --prefetch 100": lambda queue: work(queue, n(8000), WORKER, "--prefetch", "100"),
+    }
+    with closing(Cluster()) as nodes, ExitStack() as stack:
+        nodes.start()
+        places = {
+            f"{place}, {kind} queue": stack.enter_context(where.queue(f"cluster-{kind}", kind))
+            for place, where, kind in [
+                ("one node", bench, "classic"),
+                ("one node", bench, "quorum"),
+                ("three nodes", Bench(nodes), "quorum"),
+            ]
+        }
         yield Table(
-            "logs",
-            "Logs: one emitter, several receivers",
-            "One BlockingConnection sends log lines to the exchange `logs`. The time ends when "
-            "each `receive_logs.py` has printed all of them.",
-            "lines/s",
+            "Three nodes beside one",
+            "`new_tasks.py` and `worker.py`. Here all nodes share the processors of one machine.",
+            "tasks/s",
+            {
+                f"{what}: {place}": partial(run, queue)
+                for what, run in runs.items()
+                for place, queue in places.items()
+            },
+        )
+
+
+def clients(bench: Bench) -> Iterator[Table]:
+    n = bench.count
+    with bench.queue("clients") as queue:
+        ways: dict[str, Callable[[], float]] = {
+            "publishing: pika, BlockingConnection": partial(
+                publish, queue, "pika", n(400), "confirmed"
+            ),
+            "publishing: amqpstorm": partial(publish, queue, "amqpstorm", n(60)),
+            "publishing: kombu": partial(publish, queue, "kombu", n(700)),
+            "publishing: aio-pika": partial(publish, queue, "aio_pika", n(500)),
+            "publishing: aio-pika, window 100": partial(publish, queue, "aio_pika", n(3000), "100"),
+            "publishing: new_tasks.py --window 100": partial(send, queue, 100, n(15000)),
+        }
+        for prefetch, count in (("1", n(600)), ("100", n(15000))):
+            group = f"working, prefetch {prefetch}"
+            ways[f"{group}: worker.py"] = partial(
+                work, queue, count, WORKER, "--prefetch", prefetch
+            )
+            for client in ("amqpstorm", "kombu", "aio_pika"):
+                ways[f"{group}: {client.replace('_', '-')}"] = partial(
+                    work, queue, count, f"{CLIENTS}/with_{client}.py", "work", prefetch
+                )
+        yield Table(
+            "Other clients",
+            "The tasks have 10 bytes, and go to one classic queue. A task that is published is "
+            "persistent, mandatory and confirmed. A worker has no work to do: it prints two lines "
+            "and acknowledges each task when it is done. Each client has advantages that no table "
+            "shows. aio-pika is for programs with asyncio, and reconnects by itself. In amqpstorm, "
+            "any thread may use a channel, and a thread that waits for an answer looks for it "
+            "every ten milliseconds. kombu also works with brokers other than RabbitMQ.",
+            "tasks/s",
             ways,
         )
 
 
-def growth(bench: Bench) -> Iterator[Table]:
-    """How it grows."""
-    n = bench.count
-    memory = {"RabbitMQ, no tasks": bench.memory()}
-    with ExitStack() as stack:
-        ways: dict[str, Callable[[], float]] = {}
-        for level in (1000, 100_000, 1_000_000):
-            queue = stack.enter_context(bench.queue(f"growth-{level}"))
-            count = n(level, 30)
-            with Counted(queue.amqp_url, NEW_TASKS, line=" [x] Sent", feed=True) as script:
-                for i in range(0, count, 1000):
-                    script.feed(b"".join(TASK % j for j in range(i, min(i + 1000, count))))
-                queue.wait_for(count)
-                memory[f"new_tasks.py, {level:,} tasks sent"] = script.peak_memory()
-            memory[f"RabbitMQ, with {level:,} more tasks"] = bench.memory()
-            ways[f"publishing, {level:,} tasks in the queue"] = partial(
-                send, queue, 1000, n(15000), fresh=False
-            )
-            options = ("--prefetch", "100")
-            ways[f"working, {level:,} tasks in the queue"] = partial(
-                work, queue, n(1500), *options, fill=False
-            )
-        yield Table(
-            "growth",
-            "How it grows: tasks in the queue",
-            "`new_tasks.py --window 1000` and `worker.py --prefetch 100`, with a classic queue in "
-            "which some tasks already wait. The first column says how many.",
-            "tasks/s",
-            dict(sorted(ways.items(), key=lambda way: way[0].split(", ")[0])),
-            group=3,
-        )
-        yield Table(
-            "memory",
-            "How it grows: memory",
-            "For the script: the largest amount of memory that it used. For RabbitMQ: the amount "
-            "that RabbitMQ itself reports.",
-            "MB",
-            {name: partial(float, value) for name, value in memory.items()},
-            runs=1,
-        )
-
-
-def cluster(bench: Bench) -> Iterator[Table]:
-    """Three nodes."""
-    if not isinstance(bench.broker, Container):
-        raise NoBroker("The three nodes are containers, so the one beside them must be one, too")
-    n = bench.count
-    with closing(Cluster()) as nodes, ExitStack() as stack:
-        nodes.start()
-        ways: dict[str, Callable[[], float]] = {}
-        places = (
-            ("one node, classic queue", bench, "classic"),
-            ("one node, quorum queue", bench, "quorum"),
-            ("three nodes, quorum queue", Bench(nodes), "quorum"),
-        )
-        for place, where, kind in places:
-            queue = stack.enter_context(where.queue(f"cluster-{kind}", kind))
-            ways[f"publishing, --window 1, {place}"] = partial(send, queue, 1, n(400))
-            ways[f"publishing, --window 1000, {place}"] = partial(send, queue, 1000, n(8000))
-            ways[f"working, --prefetch 1, {place}"] = partial(work, queue, n(400))
-            ways[f"working, --prefetch 100, {place}"] = partial(
-                work, queue, n(1500), "--prefetch", "100"
-            )
-        yield Table(
-            "cluster",
-            "Three nodes beside one",
-            "`new_tasks.py` and `worker.py`. Here all nodes share the processors of one machine.",
-            "tasks/s",
-            dict(sorted(ways.items(), key=lambda way: way[0].split(", ")[:2])),
-            group=3,
-        )
-
-
-PARTS: dict[str, Part] = {
-    part.__name__: part for part in (publishing, working, rpc, logs, growth, cluster)
-}
+PARTS = {part.__name__: part for part in (publishing, working, rpc, cluster, clients)}

@@ -13,36 +13,9 @@ import subprocess
 from urllib.parse import urlsplit
 
 from tools.broker.base import Broker, NoBroker, eventually, free_port, virtual_host_of
-from tools.broker.cluster import Cluster
-from tools.broker.container import IMAGE, Container, container_problem, remains
+from tools.broker.compose import IMAGE, Compose, Container, container_problem, remains
 from tools.broker.local import LocalNode, find_server
-from tools.broker.project import Project
-from tools.broker.secure import Secure
-from tools.broker.service import Service
-
-__all__ = [
-    "IMAGE",
-    "INSTALL",
-    "Broker",
-    "Cluster",
-    "Container",
-    "LocalNode",
-    "NoBroker",
-    "NoServer",
-    "Project",
-    "Secure",
-    "Service",
-    "check",
-    "choose",
-    "container_problem",
-    "eventually",
-    "find_server",
-    "free_port",
-    "install",
-    "remains",
-    "start",
-    "virtual_host_of",
-]
+from tools.broker.projects import Cluster, Project, Secure, Service
 
 INSTALL = "apt-get install -y --no-install-recommends rabbitmq-server"
 
