@@ -65,7 +65,7 @@ lint: .venv/has-lint
 		else echo 'Not checked: .ci/run, .ci/provision and security/*.sh, because shellcheck is not installed'; fi
 
 clean:
-	rm -rf .venv .*_cache .hypothesis
+	rm -rf .venv .*_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The packages of one of the groups in pyproject.toml. Older versions of pip know no groups.

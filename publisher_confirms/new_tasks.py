@@ -43,7 +43,7 @@ class Publisher:
         self.confirmed = 0  # how many lines are confirmed
         self.again = set()  # the numbers of lines whose confirms were perhaps lost
         self.file, self.window = file, window
-        self.fresh = deque()  # the lines that come next: at most as many as the window has places
+        self.fresh = deque()  # the lines that come next
         self.places = threading.Semaphore(2 * window)  # one for each line in `lines` and `fresh`
         self.done, self.read_error = False, None  # whether all is confirmed, and what went wrong
         self.ioloop = IOLoop()  # waits for RabbitMQ, and calls our methods when something happens
@@ -66,9 +66,9 @@ class Publisher:
                 raise AMQPError(f"{self.error}. {self.how_far()}")  # it will never be accepted
             answers.append(f"{broker.host}:{broker.port}: {self.error}")
             if len(answers) == len(brokers):
-                text = f"No RabbitMQ accepts us: {'; '.join(answers)}"
+                text = "; ".join(answers)
                 if not self.begin:
-                    raise AMQPConnectionError(text)
+                    raise AMQPConnectionError(f"No RabbitMQ accepts us: {text}")
                 self.report(f"{text}; trying again every second")
                 answers.clear()
                 time.sleep(1)
@@ -91,7 +91,7 @@ class Publisher:
                     self.ioloop.add_callback_threadsafe(self.send)
         except Exception as error:
             self.read_error = error
-        for _ in range(2 * self.window):  # wait until all lines are confirmed
+        for _ in range(2 * self.window):  # when we have all places, all lines are confirmed
             self.places.acquire()
         self.done = True
         self.ioloop.add_callback_threadsafe(self.send)
@@ -109,13 +109,13 @@ class Publisher:
     def on_ready(self, channel):
         self.channel, self.begin = channel, self.begin or time.monotonic()
         self.tags = count(1)  # RabbitMQ numbers the tasks on each channel, and so do we
-        self.send(again=True)
+        self.send(resend=True)
 
-    def send(self, again=False):
+    def send(self, resend=False):
         """Send new lines while the window has room, and maybe those that are not sent any more."""
         if not self.channel:
             return  # on_ready calls this again
-        unsent = sorted(self.lines.keys() - self.sent.values()) if again else []
+        unsent = sorted(self.lines.keys() - self.sent.values()) if resend else []
         while self.fresh and len(self.lines) < self.window:
             unsent.append(self.confirmed + len(self.lines) + 1)
             self.lines[unsent[-1]] = self.fresh.popleft()
@@ -163,7 +163,7 @@ class Publisher:
             rate = self.confirmed / (time.monotonic() - self.begin)
             line = f" [.] {self.confirmed} confirmed, {rate:.0f} per second "
             print(line, end=end, file=sys.stderr)
-        self.send(again=True)  # what RabbitMQ has rejected
+        self.send(resend=True)  # what RabbitMQ has rejected
         self.silence = self.silence + 1 if self.sent or not self.channel else 0
         if self.silence == 10 and NO_MEMORY not in self.reported:
             self.report("No answer from RabbitMQ for 10 seconds; still waiting")

@@ -20,7 +20,7 @@ from tests.proxy import ACK, Proxy
 from tests.scripts import NEW_TASKS, SECRET, Scripts, one_line, ready, replaced
 from tools.broker import Broker, eventually, free_port, virtual_host_of
 
-LOST = re.compile(r" \[!\] No RabbitMQ accepts us: .+; trying again every second")
+LOST = re.compile(r" \[!\] .+:\d+: .+; trying again every second")
 NO_MEMORY = " [!] RabbitMQ is short of memory or disk space, and takes no tasks until it has more"
 NODE_WITHOUT_ADDRESS = "amqp://guest:guest@nowhere.invalid:5672/%2F"
 
