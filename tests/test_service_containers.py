@@ -74,7 +74,8 @@ def test_a_worker_that_docker_stops_finishes_its_task_first(service: Service) ->
     assert done(service) == [task]
     statuses = [container["State"]["ExitCode"] for container in inspected(service, "worker")]
     assert statuses == [0, 0, 0]
-    assert queue_sizes(service) == {"tasks": "0", "tasks.retry": "0", "tasks.parked": "0"}
+    empty = {"tasks": "0", "tasks.retry": "0", "tasks.parked": "0"}
+    eventually(lambda: queue_sizes(service) == empty, "the task is acknowledged")
     service.compose("up", "-d", "--wait", "--no-recreate", "--scale", "worker=3", "worker")
 
 
