@@ -217,7 +217,7 @@ for thread in threads:
 for _ in range(10):
     if not os.fork():
         for n in range(20):
-            publisher.publish("child").result()
+            publisher.publish("child").result(20)
         publisher.close()
         os._exit(0)
 print([os.wait()[1] for _ in range(10)])
