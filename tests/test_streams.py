@@ -104,7 +104,8 @@ def test_a_reader_starts_where_it_asks(scripts: Scripts) -> None:
             assert (place, started.out.seen) == (place, expected[place])
             assert started.err.seen == []
 
-    check({place: [] for place in ("first", "last", "5", "1h")})
+    check({"first": []})  # one makes the stream: RabbitMQ 4.0 is not ready for several at once
+    check({place: [] for place in ("last", "5", "1h")})
     emit(scripts, range(5))
     between = datetime.now().astimezone().replace(microsecond=0) + timedelta(seconds=1)
     eventually(lambda: datetime.now().astimezone() > between, "the next second")
