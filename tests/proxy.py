@@ -11,6 +11,7 @@ import socket
 import ssl
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -20,8 +21,8 @@ from pika.spec import Basic
 PUBLISH = Basic.Publish.INDEX
 ACK = Basic.Ack.INDEX  # to the broker: a delivery; to a publisher: a confirm
 
-# Called for each method frame with its index and whether it goes to the broker, before it is
-# passed on; it is not passed on if this returns False.
+# Called for each frame with its index (0 if it is no method) and whether it goes to the broker,
+# before it is passed on; it is not passed on if this returns False.
 Watch = Callable[[int, bool], bool]
 
 
@@ -44,6 +45,8 @@ class Proxy:
         self._tls = tls
         self._sockets: list[socket.socket] = []
         self.connections = 0
+        self.to_broker: Counter[int] = Counter()  # how many frames have come, by their index
+        self.to_client: Counter[int] = Counter()
         self._listener = socket.create_server(("127.0.0.2", 0))  # as if it were another host
         port = self._listener.getsockname()[1]
         user = parts.netloc.rpartition("@")[0]
@@ -75,6 +78,7 @@ class Proxy:
                 kind, _, size = struct.unpack(">BHL", header)
                 payload = stream.read(size + 1)  # and the byte that ends the frame
                 index = int.from_bytes(payload[:4], "big") if kind == 1 else 0
+                (self.to_broker if to_broker else self.to_client)[index] += 1
                 if self._watch(index, to_broker):
                     target.sendall(header + payload)
         with contextlib.suppress(OSError):

@@ -435,3 +435,16 @@ def listing(scripts: Scripts, *options: str) -> list[str]:
 def fibonacci(n: int) -> int:
     """Return the number without the recursion of rpc_server.py. Exact up to 70."""
     return round(((1 + 5**0.5) / 2) ** n / 5**0.5)
+
+
+# --- What the tests of lessons 10 to 14 share ---
+
+Record = Callable[[str, object], None]  # what the fixture record_property is
+
+
+def usage_error(script: Script) -> str:
+    """Return the last line of a script that has refused its arguments, and done nothing else."""
+    assert script.wait() == 2, str(script)
+    assert script.out.seen == []
+    assert script.err.seen[0].startswith(f"usage: {script.path.name} ")
+    return script.err.seen[-1]
