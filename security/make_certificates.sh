@@ -18,7 +18,7 @@ fi
 openssl req "${new_key[@]}" -keyout server.key -out server.csr -subj /CN=localhost
 
 # The authority signs the certificate. subjectAltName is the name that a script compares with the
-# host in its AMQP_URL.
+# host in its AMQP_URL. The other three lines say what the certificate is for, and who has signed it.
 cat >server.ext <<END
 subjectAltName = DNS:localhost
 extendedKeyUsage = serverAuth

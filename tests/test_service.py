@@ -153,7 +153,7 @@ def test_an_idle_worker_ends_at_once(scripts: Scripts, connected: bool) -> None:
     """No task, nothing to wait for: also while it tries to reconnect, it ends with 0."""
     url = scripts.amqp_url if connected else replaced(scripts.amqp_url, port=free_port())
     doing = scripts.start(WORKER, amqp_url=url)
-    doing.expect_error(event("waiting for tasks" if connected else "no connection"))
+    doing.expect_error(event("waiting for tasks" if connected else "trying again every second"))
     assert doing.stop(signal.SIGTERM) < AT_ONCE
     assert doing.process.returncode == 0
 
@@ -327,7 +327,9 @@ def test_a_task_without_its_queue_is_an_error(scripts: Scripts, channel: Blockin
     line = one_line(scripts.start(NEW_TASK, "report"))
     assert line == " [!] There is no queue 'tasks': load definitions.json into RabbitMQ"
     doing = scripts.start(WORKER)
-    doing.expect_error(re.compile(r".* ERROR - no connection.*NOT_FOUND - no queue 'tasks'.*"))
+    doing.expect_error(
+        re.compile(r".* ERROR - trying again every second: .*NOT_FOUND - no queue 'tasks'.*")
+    )
     channel.queue_declare("tasks", durable=True, arguments={"x-queue-type": "quorum"})
     doing.expect_error(event("waiting for tasks"))
 
@@ -463,7 +465,7 @@ def test_health_and_figures_are_true(own_broker: Broker, scripts: Scripts, amqp_
     own_broker.sync()
     own_broker.stop()
     try:
-        doing.expect_error(event("no connection"))
+        doing.expect_error(event("trying again every second"))
         assert (ask(port, "livez"), ask(port, "readyz")) == (200, 503)
     finally:
         own_broker.start()
@@ -471,7 +473,7 @@ def test_health_and_figures_are_true(own_broker: Broker, scripts: Scripts, amqp_
     eventually(lambda: ask(port, "readyz") == 200, "it is ready again")
     assert all(EVENT.fullmatch(line) for line in doing.err.seen)
     errors = [line.partition(" ")[2] for line in doing.err.seen if " ERROR " in line]
-    assert all(line.startswith("ERROR - no connection; trying again") for line in errors)
+    assert all(line.startswith("ERROR - trying again every second: ") for line in errors)
     assert all(one != next_one for one, next_one in pairwise(errors)), "no trouble is said twice"
 
     with connection_to(amqp_url) as channel:

@@ -22,7 +22,7 @@ from pika.spec import Connection
 from tests.proxy import Proxy
 from tests.scripts import Scripts, another_user, replaced
 from tools import ROOT, environment
-from tools.broker import Broker, eventually, free_port
+from tools.broker import Broker, eventually, free_port, virtual_host_of
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("\n## When something goes wrong\n")[2].partition("\n## ")[0]
@@ -101,6 +101,13 @@ def wrong_password(s: Situation) -> None:
 @causes("NOT_ALLOWED - vhost")
 def wrong_virtual_host(s: Situation) -> None:
     s.connect(replaced(s.url, path="/nowhere"))
+
+
+@causes("NOT_ALLOWED - access to vhost")
+def no_permissions_at_all(s: Situation) -> None:
+    with another_user(s.broker, s.url, "stranger") as url:
+        s.broker.api("DELETE", f"permissions/{virtual_host_of(s.url)}/stranger")
+        s.connect(url)
 
 
 @causes("ACCESS_REFUSED - ")
