@@ -167,8 +167,9 @@ class Script:
         return time.monotonic() - begin
 
     def kill(self) -> None:
-        """Kill the script with SIGKILL, if it still runs."""
-        self.process.kill()
+        """Kill the script with SIGKILL, and what it has started, if it still runs."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.wait()
 
 
@@ -333,6 +334,22 @@ def another_user(broker: Broker, amqp_url: str, name: str, **permissions: str) -
         yield replaced(amqp_url, user=f"{name}:{quote(SECRET)}")
     finally:
         broker.api("DELETE", f"users/{name}")
+
+
+@contextmanager
+def consumer_timeout(broker: Broker, milliseconds: int) -> Iterator[None]:
+    """Let RabbitMQ wait so long for an acknowledgement, instead of half an hour."""
+
+    def set_times(timeout: int, tick: int) -> None:
+        settings = {"consumer_timeout": timeout, "channel_tick_interval": tick}.items()
+        calls = (f"application:set_env(rabbit, {name}, {value})" for name, value in settings)
+        broker.rabbitmqctl("eval", f"{', '.join(calls)}.")
+
+    set_times(milliseconds, milliseconds // 2)
+    try:
+        yield
+    finally:
+        set_times(1_800_000, 60_000)
 
 
 @contextmanager
