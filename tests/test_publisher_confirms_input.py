@@ -20,7 +20,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from tests.confirms import Pipe, numbers, send, sent, take_all
 from tests.proxy import Proxy
-from tests.scripts import NEW_TASKS, Script, Scripts, each_signal, full_pipe, one_line, ready
+from tests.scripts import NEW_TASKS, Scripts, each_signal, full_pipe, one_line, ready
 from tools import ROOT, TIMEOUT, environment
 from tools.broker import Broker, eventually
 
@@ -69,20 +69,19 @@ def test_a_task_from_a_pipe_is_sent_when_it_comes(
     assert script.out.seen == [sent(4)]
 
 
-def test_nothing_yet_is_not_the_end(amqp_url: str, channel: BlockingChannel) -> None:
+def test_nothing_yet_is_not_the_end(scripts: Scripts, channel: BlockingChannel) -> None:
     """Another program may have told the input not to wait. The script waits all the same, and half
     a line is no task."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
-    with subprocess.Popen(
-        COMMAND, env=environment(amqp_url), stdin=reading, stdout=subprocess.PIPE
-    ) as script:
-        os.close(reading)
-        for half, tasks in ((b"one\ntw", 1), (b"o\nthr", 2), (b"ee", 2)):
-            os.write(writing, half)
-            eventually(lambda n=tasks: ready(channel) == n, "a line arrives")  # type: ignore[misc]
-        os.close(writing)
-        assert script.communicate(timeout=TIMEOUT)[0].decode() == f"{sent(3)}\n"
+    script = scripts.start_command(COMMAND, environment(scripts.amqp_url), stdin=reading)
+    os.close(reading)
+    for half, tasks in ((b"one\ntw", 1), (b"o\nthr", 2), (b"ee", 2)):
+        os.write(writing, half)
+        eventually(lambda n=tasks: ready(channel) == n, "a line arrives")  # type: ignore[misc]
+    os.close(writing)
+    assert script.wait() == 0
+    assert script.out.seen == [sent(3)]
     assert take_all(channel) == [b"one", b"two", b"three"]
 
 
@@ -96,10 +95,12 @@ def two_lines_and_an_error() -> IO[bytes]:
 
 
 @needs_linux
-def test_input_that_cannot_be_read_on_is_one_line(amqp_url: str, channel: BlockingChannel) -> None:
+def test_input_that_cannot_be_read_on_is_one_line(
+    scripts: Scripts, channel: BlockingChannel
+) -> None:
     """All lines before are sent and confirmed first. The line says where to go on."""
     with two_lines_and_an_error() as lines:
-        script = Script(COMMAND, environment(amqp_url), stdin=lines)
+        script = scripts.start_command(COMMAND, environment(scripts.amqp_url), stdin=lines)
     error = "OSError(5, 'Input/output error')"
     assert one_line(script) == f" [!] A line cannot be read: {error}. {FIRST_UNREAD}"
     assert script.out.seen == []
