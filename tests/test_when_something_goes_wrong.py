@@ -120,10 +120,11 @@ def acknowledged_too_late(s: Situation) -> None:
     if tuple(map(int, s.broker.version.split(".")[:2])) >= (4, 3):
         pytest.skip("RabbitMQ 4.3 does not close the channel any more")
     with consumer_timeout(s.broker, 1000):
-        s.channel.queue_declare("hello", durable=True)
-        s.channel.basic_publish("", "hello", b"")
-        s.channel.basic_consume("hello", lambda *_: None)
-        s.channel.start_consuming()
+        channel = BlockingConnection(pika.URLParameters(s.url)).channel()  # it has the new timeout
+        channel.queue_declare("hello", durable=True)
+        channel.basic_publish("", "hello", b"")
+        channel.basic_consume("hello", lambda *_: None)
+        channel.start_consuming()
 
 
 @causes("PRECONDITION_FAILED - user_id")
