@@ -41,9 +41,9 @@ def test_a_task_is_taken_away_once_it_is_stored_elsewhere(
     put(channel, source, "missing")
     with closing(Proxy(scripts.amqp_url, without(ACK))) as proxy:
         moving = scripts.start(name, option, amqp_url=f"{proxy.url}?heartbeat=1")
-        eventually(lambda: proxy.seen[ACK, False], "RabbitMQ confirms that the task is stored")
+        eventually(lambda: proxy.to_client[ACK], "RabbitMQ confirms that the task is stored")
         proxy.wait_for_heartbeats()
-        assert proxy.seen[ACK, True] == 0
+        assert proxy.to_broker[ACK] == 0
         moving.kill()
     eventually(lambda: size(channel, source) == 1, "the task is back")
     assert size(channel, target) == 1
@@ -58,9 +58,9 @@ def test_sending_back_loses_nothing_when_it_is_killed(
     put(channel, "tasks.parked", "task 0", "task 1", "task 2")
 
     def watch(_index: int, _to_broker: bool) -> bool:
-        if proxy.seen[moment, True] == 2:
+        if proxy.to_broker[moment] == 2:
             sender.process.kill()
-        return proxy.seen[moment, True] < 2
+        return proxy.to_broker[moment] < 2
 
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
         sender = scripts.start(PARKED, "--send-back", amqp_url=proxy.url)

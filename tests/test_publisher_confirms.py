@@ -31,24 +31,24 @@ def test_the_window_is_never_exceeded(scripts: Scripts, tmp_path: Path, window: 
     ) as proxy:
         url = f"{proxy.url}?heartbeat=1"
         script = send(scripts, tmp_path, 3 * window, "--window", str(window), url=url)
-        eventually(lambda: proxy.seen[PUBLISH, True] >= window, "the window is full")
+        eventually(lambda: proxy.to_broker[PUBLISH] >= window, "the window is full")
         proxy.wait_for_heartbeats()
-        assert proxy.seen[PUBLISH, True] == window
+        assert proxy.to_broker[PUBLISH] == window
         may_confirm.set()
         assert script.wait() == 0
     assert script.out.seen == [sent(3 * window)]
-    assert proxy.seen[PUBLISH, True] == 3 * window
+    assert proxy.to_broker[PUBLISH] == 3 * window
 
 
 def test_one_confirm_may_be_for_several_tasks(scripts: Scripts, tmp_path: Path) -> None:
     """A confirm with `multiple` is for all tasks up to its own, and for none behind it."""
     with closing(Proxy(scripts.amqp_url, without(ACK))) as proxy:
         script = send(scripts, tmp_path, 30, "--window", "10", url=proxy.url)
-        eventually(lambda: proxy.seen[PUBLISH, True] == 10, "the window is full")
+        eventually(lambda: proxy.to_broker[PUBLISH] == 10, "the window is full")
         proxy.say(Basic.Ack(delivery_tag=3))  # not in turn
-        eventually(lambda: proxy.seen[PUBLISH, True] == 11, "there is room for one more")
+        eventually(lambda: proxy.to_broker[PUBLISH] == 11, "there is room for one more")
         proxy.say(Basic.Ack(delivery_tag=5, multiple=True))  # 1, 2, 4 and 5
-        eventually(lambda: proxy.seen[PUBLISH, True] == 15, "there is room for four more")
+        eventually(lambda: proxy.to_broker[PUBLISH] == 15, "there is room for four more")
         script.stop()
     assert script.err.seen == [" [!] Stopped. 5 tasks are confirmed. Go on from line 6"]
 
@@ -80,7 +80,7 @@ def test_a_task_that_comes_back_is_sent_again(
     """
 
     def watch(index: int, _to_broker: bool) -> bool:
-        if index == PUBLISH and proxy.seen[PUBLISH, True] == 1:
+        if index == PUBLISH and proxy.to_broker[PUBLISH] == 1:
             channel.queue_delete("task_queue")
         return True
 

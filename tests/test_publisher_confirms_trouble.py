@@ -72,9 +72,9 @@ def test_a_lost_connection_loses_no_task(
     """
 
     def watch(_index: int, _to_broker: bool) -> bool:
-        if proxy.seen[ACK, False] == 3:
+        if proxy.to_client[ACK] == 3:
             proxy.close()
-        return proxy.seen[ACK, False] < 3
+        return proxy.to_client[ACK] < 3
 
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
         urls = ",".join([NODE_WITHOUT_ADDRESS, proxy.url, scripts.amqp_url])

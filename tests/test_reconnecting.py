@@ -122,7 +122,7 @@ def test_a_queue_that_is_deleted_is_declared_again(
                 channel.queue_delete(queue)
             for script in consumers:
                 expect_waiting(script, count=times)
-        assert proxy.seen[Connection.Close.INDEX, True] == 2 * len(queues)
+        assert proxy.to_broker[Connection.Close.INDEX] == 2 * len(queues)
         for script in consumers:
             cancelled = " [!] RabbitMQ cancelled the consumer; trying again every second"
             assert script.err.seen == [cancelled]
@@ -191,8 +191,8 @@ def test_a_connection_that_is_lost_while_it_is_made_is_no_wrong_password(scripts
     """A consumer that starts while RabbitMQ goes down tries again. (pika supposes that the
     password was wrong.)"""
 
-    def watch(index: int, to_broker: bool) -> bool:
-        if index == Connection.StartOk.INDEX and proxy.seen[index, to_broker] == 1:
+    def watch(index: int, _to_broker: bool) -> bool:
+        if index == Connection.StartOk.INDEX and proxy.to_broker[index] == 1:
             proxy.cut()
         return True
 

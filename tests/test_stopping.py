@@ -149,7 +149,7 @@ def test_a_producer_that_waits_for_the_broker_ends_at_once(
     second signal that follows at once changes nothing."""
     with closing(Proxy(scripts.amqp_url, watch)) as silent:
         producers = scripts.launch(*names, amqp_url=silent.url).values()
-        eventually(lambda: silent.seen[held, False] == len(names), "the scripts wait")
+        eventually(lambda: silent.to_client[held] == len(names), "the scripts wait")
         for script in producers:
             script.process.send_signal(how)
             ends_at_once(script, how)

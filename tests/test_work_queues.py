@@ -118,7 +118,7 @@ def test_what_was_dealt_out_before_the_connection_was_lost(
         losing = consumer(scripts, WORKER, "--prefetch", "0", *options, amqp_url=url)
         put(channel, "task_queue", *tasks)
         losing.expect(received("in hand...."))
-        eventually(lambda: proxy.seen[Basic.Deliver.INDEX, False] == 3, "all three are on the way")
+        eventually(lambda: proxy.to_client[Basic.Deliver.INDEX] == 3, "all three are on the way")
         proxy.wait_for_heartbeats()  # the thread that sends them reads what was there before
     losing.expect_error(LOST)
     losing.stop()
