@@ -8,7 +8,6 @@ from pathlib import Path
 from pika.adapters.blocking_connection import BlockingChannel
 
 from tests.scripts import NEW_TASKS, Script, Scripts, ready
-from tools.broker import Broker, virtual_host_of
 
 REJECTED = " [!] The queue rejects tasks, perhaps it is full; trying again every second"
 SILENCE = " [!] No answer from RabbitMQ for 10 seconds; still waiting"
@@ -51,19 +50,7 @@ class Pipe:
 
 def take_all(channel: BlockingChannel) -> list[bytes]:
     """Take all tasks out of the queue."""
-    tasks: list[bytes] = []
-    count = ready(channel)
-    if count:
-        for _method, _properties, body in channel.consume("task_queue", auto_ack=True):
-            tasks.append(body or b"")
-            if len(tasks) == count:
-                break
-        channel.cancel()
+    messages = channel.consume("task_queue", auto_ack=True)
+    tasks = [body or b"" for _, (_, _, body) in zip(range(ready(channel)), messages, strict=False)]
+    channel.cancel()
     return tasks
-
-
-def limit_queue(broker: Broker, scripts: Scripts, length: int) -> None:
-    """Let the queue reject tasks as soon as it has so many."""
-    full = {"max-length": length, "overflow": "reject-publish"}
-    policy = {"pattern": ".*", "definition": full, "apply-to": "queues"}
-    broker.api("PUT", f"policies/{virtual_host_of(scripts.amqp_url)}/full", policy)

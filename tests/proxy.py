@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 from pika import amqp_object, frame
 from pika.spec import Basic
 
+from tools.broker import eventually
+
 PUBLISH = Basic.Publish.INDEX
 ACK = Basic.Ack.INDEX  # to the broker: a delivery; to a publisher: a confirm
 
@@ -26,14 +28,16 @@ ACK = Basic.Ack.INDEX  # to the broker: a delivery; to a publisher: a confirm
 Watch = Callable[[int, bool], bool]
 
 
+def without(method: int) -> Watch:
+    """Hold back all frames of a method."""
+    return lambda index, _to_broker: index != method
+
+
 class Proxy:
     """Listens on an address of this machine and passes on what comes, in both directions."""
 
     def __init__(
-        self,
-        amqp_url: str,
-        watch: Watch = lambda *_: True,
-        tls: ssl.SSLContext | None = None,
+        self, amqp_url: str, watch: Watch = lambda *_: True, tls: ssl.SSLContext | None = None
     ) -> None:
         """Stand before the broker at `amqp_url`; `url` is then the address to give to a script.
 
@@ -83,6 +87,14 @@ class Proxy:
                     target.sendall(header + payload)
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)
+
+    def wait_for_heartbeats(self) -> None:
+        """Wait for two seconds in which a client with heartbeat=1 lives on: it sends two a second.
+
+        The first frames may be the content of what it has just published, which is no method.
+        """
+        before = self.to_broker[0]
+        eventually(lambda: self.to_broker[0] > before + 4, "the client sends heartbeats")
 
     def say(self, method: amqp_object.Method) -> None:
         """Send a method on channel 1 to each client, as if the broker had sent it."""

@@ -14,12 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
+import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import BasicProperties
 
@@ -59,6 +60,9 @@ PATIENCE = 30  # seconds without a single line, after which something has been l
 NO_BROKER = " [!] No RabbitMQ accepts us: "
 MALFORMED = " [!] AMQP_URL must look like amqp://user:password@host:5672/virtual_host"
 LOST = re.compile(r" \[!\] .+; trying again every second")
+each_signal = pytest.mark.parametrize(
+    "how", [signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name
+)
 
 
 class Lines:
@@ -112,6 +116,7 @@ class Script:
         env: dict[str, str],
         cwd: Path = ROOT,
         echo: Callable[[str], object] = lambda _line: None,
+        stdin: int | IO[bytes] = subprocess.DEVNULL,
         stdout: int | IO[bytes] = subprocess.PIPE,
     ) -> None:
         """Start a command. Its standard output comes in `out`, unless it is to go elsewhere."""
@@ -122,7 +127,7 @@ class Script:
             command,
             env=env,
             cwd=cwd,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=stdout,
             stderr=subprocess.PIPE,
             start_new_session=True,
@@ -162,8 +167,9 @@ class Script:
         return time.monotonic() - begin
 
     def kill(self) -> None:
-        """Kill the script with SIGKILL, if it still runs."""
-        self.process.kill()
+        """Kill the script with SIGKILL, and what it has started, if it still runs."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.wait()
 
 
@@ -194,21 +200,18 @@ class Scripts:
         """Start a script, by its path in the repository, and return it while it runs."""
         command = [sys.executable, ROOT / script, *arguments]
         env = environment(self.amqp_url if amqp_url is None else amqp_url, **self._settings)
-        started = Script(command, env, stdout=stdout)
-        self.started.append(started)
-        return started
+        return self.start_command(command, env, stdout=stdout)
 
-    def launch(
-        self,
-        *names: str,
-        amqp_url: str | None = None,
-        stdout: int | IO[bytes] = subprocess.PIPE,
-    ) -> dict[str, Script]:
+    def start_command(
+        self, command: Sequence[str | bytes | Path], env: dict[str, str], **settings: Any
+    ) -> Script:
+        """Start any command, which is killed at the end, too, if it still runs."""
+        self.started.append(Script(command, env, **settings))
+        return self.started[-1]
+
+    def launch(self, *names: str, **settings: Any) -> dict[str, Script]:
         """Start scripts side by side, each with the arguments that it cannot do without."""
-        return {
-            name: self.start(name, *NEEDED.get(name, []), amqp_url=amqp_url, stdout=stdout)
-            for name in names
-        }
+        return {name: self.start(name, *NEEDED.get(name, []), **settings) for name in names}
 
     def run(
         self, script: str, *arguments: str | bytes, amqp_url: str | None = None, status: int = 0
@@ -239,12 +242,10 @@ class Crew:
         """Start one more, whose lines come with its number, counted from 1."""
         number = len(self.everyone) + 1
         command = [sys.executable, *self.command, *more]
-        script = Script(
-            command,
-            environment(self.scripts.amqp_url),
-            echo=lambda line: self.lines.put((number, line)),
+        env = environment(self.scripts.amqp_url)
+        script = self.scripts.start_command(
+            command, env, echo=lambda line: self.lines.put((number, line))
         )
-        self.scripts.started.append(script)  # which kills it at last
         self.everyone.append(script)
         return script
 
@@ -264,11 +265,9 @@ class Crew:
 
     def read(self) -> Iterator[tuple[int, str]]:
         """Give number and line for each line printed, until none comes for a long time."""
-        while True:
-            try:
+        with suppress(queue.Empty):
+            while True:
                 yield self.lines.get(timeout=PATIENCE)
-            except queue.Empty:
-                return
 
 
 def stream_of(script: Script) -> tuple[Lines, str]:
@@ -300,12 +299,9 @@ def received(text: str, redelivered: bool = False) -> str:
 
 def take(channel: BlockingChannel, queue: str) -> tuple[BasicProperties, bytes]:
     """Wait for a message in a queue, take it out, and return its properties and its body."""
-    found = eventually(
-        lambda: [got for got in [channel.basic_get(queue, auto_ack=True)] if got[0]],
-        f"a message comes in {queue}",
-    )
-    _method, properties, body = found[0]
-    return properties, body
+    eventually(lambda: size(channel, queue), f"a message comes in {queue}")
+    message: Any = channel.basic_get(queue, auto_ack=True)
+    return message[1], message[2]
 
 
 def one_line(script: Script) -> str:
@@ -338,6 +334,22 @@ def another_user(broker: Broker, amqp_url: str, name: str, **permissions: str) -
         yield replaced(amqp_url, user=f"{name}:{quote(SECRET)}")
     finally:
         broker.api("DELETE", f"users/{name}")
+
+
+@contextmanager
+def consumer_timeout(broker: Broker, milliseconds: int) -> Iterator[None]:
+    """Let RabbitMQ wait so long for an acknowledgement, instead of half an hour."""
+
+    def set_times(timeout: int, tick: int) -> None:
+        settings = {"consumer_timeout": timeout, "channel_tick_interval": tick}.items()
+        calls = (f"application:set_env(rabbit, {name}, {value})" for name, value in settings)
+        broker.rabbitmqctl("eval", f"{', '.join(calls)}.")
+
+    set_times(milliseconds, milliseconds // 2)
+    try:
+        yield
+    finally:
+        set_times(1_800_000, 60_000)
 
 
 @contextmanager
@@ -378,6 +390,13 @@ def put(channel: BlockingChannel, queue: str, *tasks: str, **properties: object)
         channel.basic_publish("", queue, os.fsencode(task), its, mandatory=True)
 
 
+def limit_queue(broker: Broker, amqp_url: str, queue: str, length: int) -> None:
+    """Let a queue reject tasks as soon as it has so many."""
+    full = {"max-length": length, "overflow": "reject-publish"}
+    policy = {"pattern": f"^{queue}$", "definition": full, "apply-to": "queues"}
+    broker.api("PUT", f"policies/{virtual_host_of(amqp_url)}/full", policy)
+
+
 def size(channel: BlockingChannel, queue: str) -> int:
     """Return how many messages are ready in a queue, as the broker counts them."""
     return int(channel.queue_declare(queue, passive=True).method.message_count)
@@ -385,12 +404,8 @@ def size(channel: BlockingChannel, queue: str) -> int:
 
 def parked(channel: BlockingChannel) -> list[tuple[bytes, BasicProperties]]:
     """Take all tasks out of the queue of parked tasks."""
-    found: list[tuple[bytes, BasicProperties]] = []
-    while True:
-        method, properties, body = channel.basic_get("tasks.parked", auto_ack=True)
-        if method is None:
-            return found
-        found.append((body or b"", properties or BasicProperties()))
+    taken = [take(channel, "tasks.parked") for _ in range(size(channel, "tasks.parked"))]
+    return [(body, its) for its, body in taken]
 
 
 def failures_of(properties: BasicProperties) -> list[str]:

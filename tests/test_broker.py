@@ -104,7 +104,7 @@ def test_root_gets_the_server_installed(
 
 def pytest_run(choice: str, **env: str) -> "subprocess.CompletedProcess[str]":
     """Run one test as a process, with --broker."""
-    test = "tests/test_hello_world.py::test_a_message_waits_for_its_receiver"
+    test = "tests/test_hello_world.py::test_a_message_is_bytes"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--broker={choice}", test]
     return subprocess.run(
         command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=120
@@ -115,7 +115,7 @@ def test_an_address_is_used_as_it_is_and_named(broker: Broker) -> None:
     """--broker with a URL runs the tests there. What was promised and where is shown."""
     ended = pytest_run(broker.amqp_url, RABBITMQ_MANAGEMENT_URL=broker.management_url)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "\npassed  hello world: a message waits for its receiver\n" in ended.stdout
+    assert "\npassed  hello world: a message is bytes\n" in ended.stdout
     assert f"\nbroker: RabbitMQ {broker.version}, at " in ended.stdout
 
 

@@ -130,7 +130,7 @@ def test_no_task_brings_a_worker_down(scripts: Scripts, channel: BlockingChannel
 
 def test_a_task_that_expires_is_parked(scripts: Scripts, channel: BlockingChannel) -> None:
     """It has waited too long for a worker. It does not expire once more where it is parked."""
-    consumer(scripts, FILE_WORKER).stop()
+    consumer(scripts, FILE_WORKER, "--tries=100").stop()
     put(channel, "tasks", "late", expiration="1")
     eventually(lambda: size(channel, "tasks.parked") == 1, "it is parked")
     assert listing(scripts) == [" [x] 'late'", "     T RabbitMQ: expired"]
@@ -172,16 +172,6 @@ def test_a_file_name_need_not_be_text(scripts: Scripts, tmp_path: Path) -> None:
     scripts.run(NEW_FILE, name)
     doing.expect(DONE)
     assert doing.out.seen == [TASKS_WAITING, received(os.fsdecode(name)), " [.] 2 words", DONE]
-
-
-def test_a_number_of_tries_that_makes_no_sense_is_refused(scripts: Scripts) -> None:
-    """--tries takes 1 to 100. Anything else is a usage error."""
-    running = scripts.start(FILE_WORKER, "--tries=100")
-    for refused in [scripts.start(FILE_WORKER, f"--tries={n}") for n in ("0", "101")]:
-        assert refused.wait() == 2
-        assert refused.err.seen[0].startswith("usage: worker.py ")
-        assert refused.err.seen[-1].endswith("argument --tries: must be from 1 to 100")
-    running.expect(TASKS_WAITING)
 
 
 def test_without_a_worker_there_are_no_queues(scripts: Scripts) -> None:

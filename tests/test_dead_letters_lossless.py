@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.proxy import ACK, PUBLISH, Proxy
+from tests.proxy import ACK, PUBLISH, Proxy, without
 from tests.scripts import (
     FILE_WORKER,
     PARKED,
@@ -37,24 +37,13 @@ def test_a_task_is_taken_away_once_it_is_stored_elsewhere(
 ) -> None:
     """The script waits for the confirm, and acknowledges only then. Killed before, it leaves the
     task in both queues."""
-    confirms: list[int] = []
-    heartbeats: list[int] = []  # since the confirm
-    acknowledgements: list[int] = []
-
-    def watch(index: int, to_broker: bool) -> bool:
-        if index == ACK:
-            (acknowledgements if to_broker else confirms).append(index)
-        elif to_broker and index == 0 and confirms:
-            heartbeats.append(index)
-        return index != ACK or to_broker
-
     consumer(scripts, FILE_WORKER).stop()  # which declares the queues
     put(channel, source, "missing")
-    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+    with closing(Proxy(scripts.amqp_url, without(ACK))) as proxy:
         moving = scripts.start(name, option, amqp_url=f"{proxy.url}?heartbeat=1")
-        eventually(lambda: confirms, "RabbitMQ confirms that the task is stored")
-        eventually(lambda: len(heartbeats) >= 3, "the script lives on")
-        assert acknowledgements == []
+        eventually(lambda: proxy.to_client[ACK], "RabbitMQ confirms that the task is stored")
+        proxy.wait_for_heartbeats()
+        assert proxy.to_broker[ACK] == 0
         moving.kill()
     eventually(lambda: size(channel, source) == 1, "the task is back")
     assert size(channel, target) == 1
@@ -67,14 +56,11 @@ def test_sending_back_loses_nothing_when_it_is_killed(
     """Killed at its second task, it has sent one back, and the rest is parked or in both."""
     consumer(scripts, FILE_WORKER).stop()
     put(channel, "tasks.parked", "task 0", "task 1", "task 2")
-    seen = 0
 
-    def watch(index: int, to_broker: bool) -> bool:
-        nonlocal seen
-        seen += index == moment and to_broker
-        if seen == 2:
+    def watch(_index: int, _to_broker: bool) -> bool:
+        if proxy.to_broker[moment] == 2:
             sender.process.kill()
-        return seen < 2
+        return proxy.to_broker[moment] < 2
 
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
         sender = scripts.start(PARKED, "--send-back", amqp_url=proxy.url)

@@ -13,7 +13,7 @@ import pika
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from tests.scripts import FILE_WORKER, Scripts, consumer, listing, put, received, size
+from tests.scripts import FILE_WORKER, Scripts, consumer, listing, put, received, size, take
 from tools import ROOT
 from tools.broker import Broker, eventually, virtual_host_of
 
@@ -30,6 +30,9 @@ def table(version: str) -> dict[str, str]:
     return {row[0]: row[column] for row in rows}
 
 
+reject = BlockingChannel.basic_reject  # with requeue=True
+
+
 def times_delivered(
     amqp_url: str, give_back: Callable[[BlockingChannel, int], object], **arguments: object
 ) -> int:
@@ -42,18 +45,15 @@ def times_delivered(
         channel.confirm_delivery()
         declare_with_dead_letters(channel, "a queue", **arguments)
         channel.basic_publish("", "a queue", b"task", mandatory=True)
-        count = 0
-        while count < 30:
-            taker = connection.channel()
-            method = None
+        for count in range(31):
+            taker, method = connection.channel(), None
             while method is None and not size(channel, "a queue.dead"):
                 method = taker.basic_get("a queue")[0]
-            if method is None:
+            if method is None or count == 30:
                 break
             give_back(taker, method.delivery_tag)
             if taker.is_open:
                 taker.close()
-            count += 1
         for each in ("a queue", "a queue.dead"):
             channel.queue_delete(each)
         return count
@@ -66,18 +66,6 @@ def declare_with_dead_letters(channel: BlockingChannel, name: str, **arguments: 
     channel.queue_declare(f"{name}.dead", durable=True, arguments={"x-queue-type": "quorum"})
 
 
-def reject(channel: BlockingChannel, tag: int) -> None:
-    channel.basic_reject(tag, requeue=True)
-
-
-def nack(channel: BlockingChannel, tag: int) -> None:
-    channel.basic_nack(tag, requeue=True)
-
-
-def leave(channel: BlockingChannel, _tag: int) -> None:
-    channel.close()
-
-
 def test_what_counts_toward_the_delivery_limit_is_as_the_lesson_says(
     broker: Broker, amqp_url: str
 ) -> None:
@@ -87,8 +75,8 @@ def test_what_counts_toward_the_delivery_limit_is_as_the_lesson_says(
     limit = {"x-delivery-limit": 2}
     for row, give_back in (
         ("the worker calls `basic_reject(requeue=True)`", reject),
-        ("the worker calls `basic_nack(requeue=True)`", nack),
-        ("the worker closes its channel or its connection", leave),
+        ("the worker calls `basic_nack(requeue=True)`", BlockingChannel.basic_nack),
+        ("the worker closes its channel or its connection", lambda channel, _: channel.close()),
     ):
         assert column.pop(row) == counts[times_delivered(amqp_url, give_back, **limit)], row
     gone = {21: "21 deliveries, then it is dropped", 30: "no limit"}
@@ -146,29 +134,21 @@ def test_a_worker_that_goes_away_counts_as_the_lesson_says(
         channel.queue_purge("tasks.parked")
 
 
-def test_a_restart_of_the_broker_counts_as_the_lesson_says(own_broker: Broker) -> None:
+def test_a_restart_of_the_broker_counts_as_the_lesson_says(
+    own_broker: Broker, amqp_url: str
+) -> None:
     """A task that a worker has comes back then, and is a dead letter if it may not."""
     assert table(own_broker.version)["RabbitMQ is restarted"] == "counts"
-    url = pika.URLParameters(own_broker.amqp_url)
-    name = f"restarted-{os.getpid()}"
+    url = pika.URLParameters(amqp_url)
     channel = pika.BlockingConnection(url).channel()
-    channel.confirm_delivery()
-    declare_with_dead_letters(channel, name, **{"x-delivery-limit": 0})
-    channel.basic_publish("", name, b"held")
-    channel.basic_publish("", name, b"waiting")
-    assert eventually(lambda: channel.basic_get(name)[0], "a task")
+    declare_with_dead_letters(channel, "a queue", **{"x-delivery-limit": 0})
+    put(channel, "a queue", "held", "waiting")
+    assert eventually(lambda: channel.basic_get("a queue")[0], "a task")
     own_broker.stop()
     own_broker.start()
-
-    def take(queue: str) -> bytes | None:
-        body: bytes | None = pika.BlockingConnection(url).channel().basic_get(queue)[2]
-        return body
-
-    assert eventually(lambda: take(f"{name}.dead"), "the task that was held") == b"held"
-    assert eventually(lambda: take(name), "the other task") == b"waiting"
     channel = pika.BlockingConnection(url).channel()
-    for each in (name, f"{name}.dead"):
-        channel.queue_delete(each)
+    assert take(channel, "a queue.dead")[1] == b"held"
+    assert take(channel, "a queue")[1] == b"waiting"
 
 
 def test_a_task_with_old_headers_fares_as_the_lesson_says(
@@ -190,7 +170,7 @@ def test_delayed_retries_exist_where_the_lesson_says(
     broker: Broker, channel: BlockingChannel
 ) -> None:
     """RabbitMQ 4.3 keeps a returned task back for a while, if it is told to; older ones do not."""
-    arguments = {"x-delayed-retry-type": "all", "x-delayed-retry-min": 1000}
+    arguments = {"x-delayed-retry-type": "all", "x-delayed-retry-min": 2000}
     channel.confirm_delivery()
     channel.queue_declare("delayed", durable=True, arguments={"x-queue-type": "quorum"} | arguments)
     channel.basic_publish("", "delayed", b"task")
@@ -198,6 +178,6 @@ def test_delayed_retries_exist_where_the_lesson_says(
     channel.basic_nack(method.delivery_tag, requeue=True)
     begin = time.monotonic()
     eventually(lambda: channel.basic_get("delayed")[0], "the task is back")
-    delayed = time.monotonic() - begin >= 0.9
+    delayed = time.monotonic() - begin >= 1.9
     row = "delayed retries by RabbitMQ itself (`x-delayed-retry-type`)"
     assert table(broker.version)[row] == ("yes" if delayed else "no, the setting has no effect")

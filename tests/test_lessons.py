@@ -17,14 +17,8 @@ from tools.broker import Broker, Cluster, Secure, Service, remains
 from tools.lesson import README, LessonError, blocks, lessons, steps, without_docker
 from tools.player import NeedsDocker, Player, play
 
-LANGUAGES = (
-    "console",
-    "python",
-    "yaml",
-    "bash",
-    "mermaid",
-    "text",
-)  # played, looked up, drawn, not read
+EXCERPTS = ("python", "yaml", "bash")  # in the scripts
+LANGUAGES = ("console", *EXCERPTS, "mermaid", "text")  # played, looked up, drawn, not read
 
 GOOD = """\
 # A lesson
@@ -174,23 +168,13 @@ def test_what_the_terminals_show_is_what_happens(document: Path, broker: Broker)
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("containers")
-@pytest.mark.parametrize("document", PROJECTS, ids=name)
+@pytest.mark.parametrize("document", [*PROJECTS, SERVICE], ids=name)
 def test_a_lesson_starts_and_removes_its_own_rabbitmq(document: Path) -> None:
-    """Lessons 9 and 12 are played from their first command to their last one, which removes the
-    containers with their data."""
-    with closing(PROJECTS[document]()) as broker:
-        play(steps(document), broker, timeout=60)
-        assert not any(remains(broker.settings["COMPOSE_PROJECT_NAME"]))
-
-
-@pytest.mark.cluster
-@pytest.mark.timeout(300)
-@pytest.mark.usefixtures("containers")
-def test_a_section_starts_and_removes_its_own_rabbitmq() -> None:
-    """The part of lesson 11 that is about containers starts RabbitMQ and three workers, and removes
-    them with their data."""
-    with closing(Service()) as broker:
-        play(steps(SERVICE, SERVICE_IN_CONTAINERS), broker, timeout=60)
+    """Lessons 9 and 12, and the part of lesson 11 that is about containers, are played from their
+    first command to their last one, which removes the containers with their data."""
+    section = SERVICE_IN_CONTAINERS if document == SERVICE else None
+    with closing(PROJECTS.get(document, Service)()) as broker:
+        play(steps(document, section), broker, timeout=60)
         assert not any(remains(broker.settings["COMPOSE_PROJECT_NAME"]))
 
 
@@ -208,9 +192,8 @@ def test_what_the_excerpts_show_is_in_the_scripts(document: Path) -> None:
     """Each block of Python, YAML or bash stands, line for line, in a file of its folder."""
     folder = document.parent
     patterns = ("*.py", "*/*.py", "*.yml", "*.sh")
-    files = [path for pattern in patterns for path in folder.glob(pattern)]
-    scripts = [path.read_text() for path in files]
-    excerpts = [block for block in blocks(document) if block.language in ("python", "yaml", "bash")]
+    scripts = [path.read_text() for pattern in patterns for path in folder.glob(pattern)]
+    excerpts = [block for block in blocks(document) if block.language in EXCERPTS]
     assert excerpts
     for block in excerpts:
         assert block.source.strip()

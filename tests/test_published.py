@@ -75,12 +75,7 @@ class Pair:
 
 
 PAIRS = [
-    Pair(
-        SEND,
-        RECEIVE,
-        queue="hello",
-        shows=received("Hello World!"),
-    ),
+    Pair(SEND, RECEIVE, queue="hello", shows=received("Hello World!")),
     Pair(
         NEW_TASK,
         WORKER,
@@ -129,12 +124,8 @@ def test_ours_receives_what_theirs_sends(
     pair.declare(channel)
     ours = consumer(scripts, pair.consumer, *pair.wants)
     pair.declare(channel)
-    channel.basic_publish(
-        exchange=pair.exchange,
-        routing_key=pair.queue or pair.key,
-        body=pair.body.encode(),
-        properties=pika.BasicProperties(delivery_mode=2) if pair.persistent else None,
-    )
+    properties = pika.BasicProperties(delivery_mode=2) if pair.persistent else None
+    channel.basic_publish(pair.exchange, pair.queue or pair.key, pair.body.encode(), properties)
     ours.expect(pair.shows)
 
 
@@ -166,10 +157,6 @@ def test_their_server_answers_our_client(scripts: Scripts, channel: BlockingChan
     client = scripts.start(RPC_CLIENT)
     request, body = take(channel, "rpc_queue")
     assert body == b"30"
-    channel.basic_publish(
-        exchange="",
-        routing_key=str(request.reply_to),
-        properties=pika.BasicProperties(correlation_id=request.correlation_id),
-        body=b"832040",
-    )
+    properties = pika.BasicProperties(correlation_id=request.correlation_id)
+    channel.basic_publish("", str(request.reply_to), b"832040", properties)
     client.expect(" [.] Got 832040")

@@ -15,9 +15,9 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import Basic
 
-from tests.confirms import REJECTED, Pipe, limit_queue, numbers, send, sent, take_all
-from tests.proxy import ACK, PUBLISH, Proxy
-from tests.scripts import NEW_TASKS, Scripts, ready
+from tests.confirms import REJECTED, Pipe, numbers, send, sent, take_all
+from tests.proxy import ACK, PUBLISH, Proxy, without
+from tests.scripts import NEW_TASKS, Scripts, limit_queue, ready, take
 from tools import TIMEOUT
 from tools.broker import Broker, eventually
 
@@ -25,46 +25,30 @@ from tools.broker import Broker, eventually
 @pytest.mark.parametrize("window", [1, 10, 100])
 def test_the_window_is_never_exceeded(scripts: Scripts, tmp_path: Path, window: int) -> None:
     """As long as no confirm comes, the script sends as many tasks as the window holds, no more."""
-    published = 0
-    heartbeats = 0  # sent by the script when it had published that many
     may_confirm = threading.Event()
-
-    def watch(index: int, to_broker: bool) -> bool:
-        nonlocal published, heartbeats
-        published += index == PUBLISH
-        heartbeats += to_broker and index == 0 and published >= window
-        if index == ACK:
-            may_confirm.wait(TIMEOUT)
-        return True
-
-    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+    with closing(
+        Proxy(scripts.amqp_url, lambda index, _: index != ACK or may_confirm.wait(TIMEOUT))
+    ) as proxy:
         url = f"{proxy.url}?heartbeat=1"
         script = send(scripts, tmp_path, 3 * window, "--window", str(window), url=url)
-        # The first two are the content of the last task: its frames are no methods, either.
-        eventually(lambda: heartbeats > 3, "it waits, and sends heartbeats meanwhile")
-        assert published == window
+        eventually(lambda: proxy.to_broker[PUBLISH] >= window, "the window is full")
+        proxy.wait_for_heartbeats()
+        assert proxy.to_broker[PUBLISH] == window
         may_confirm.set()
         assert script.wait() == 0
     assert script.out.seen == [sent(3 * window)]
-    assert published == 3 * window
+    assert proxy.to_broker[PUBLISH] == 3 * window
 
 
 def test_one_confirm_may_be_for_several_tasks(scripts: Scripts, tmp_path: Path) -> None:
     """A confirm with `multiple` is for all tasks up to its own, and for none behind it."""
-    published = 0
-
-    def watch(index: int, _to_broker: bool) -> bool:
-        nonlocal published
-        published += index == PUBLISH
-        return index != ACK
-
-    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
+    with closing(Proxy(scripts.amqp_url, without(ACK))) as proxy:
         script = send(scripts, tmp_path, 30, "--window", "10", url=proxy.url)
-        eventually(lambda: published == 10, "the window is full")
+        eventually(lambda: proxy.to_broker[PUBLISH] == 10, "the window is full")
         proxy.say(Basic.Ack(delivery_tag=3))  # not in turn
-        eventually(lambda: published == 11, "there is room for one more")
+        eventually(lambda: proxy.to_broker[PUBLISH] == 11, "there is room for one more")
         proxy.say(Basic.Ack(delivery_tag=5, multiple=True))  # 1, 2, 4 and 5
-        eventually(lambda: published == 15, "there is room for four more")
+        eventually(lambda: proxy.to_broker[PUBLISH] == 15, "there is room for four more")
         script.stop()
     assert script.err.seen == [" [!] Stopped. 5 tasks are confirmed. Go on from line 6"]
 
@@ -73,7 +57,7 @@ def test_several_tasks_may_be_rejected_at_once(
     scripts: Scripts, channel: BlockingChannel, tmp_path: Path
 ) -> None:
     """A negative confirm may be for several, too. These are sent again, and no others."""
-    with closing(Proxy(scripts.amqp_url, lambda index, _: index != ACK)) as proxy:
+    with closing(Proxy(scripts.amqp_url, without(ACK))) as proxy:
         script = send(scripts, tmp_path, 10, url=proxy.url)
         eventually(lambda: ready(channel) == 10, "all are in the queue")
         proxy.say(Basic.Ack(delivery_tag=2))
@@ -94,13 +78,10 @@ def test_a_task_that_comes_back_is_sent_again(
 
     Here the queue is deleted before it has stored a task. So at last all tasks are in it.
     """
-    deleted = False
 
     def watch(index: int, _to_broker: bool) -> bool:
-        nonlocal deleted
-        if index == PUBLISH and not deleted:
+        if index == PUBLISH and proxy.to_broker[PUBLISH] == 1:
             channel.queue_delete("task_queue")
-            deleted = True
         return True
 
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
@@ -116,20 +97,14 @@ def test_a_full_queue_gets_the_rest_later(
 ) -> None:
     """What a full queue rejects is sent again every second, until somebody makes room for it. This
     is reported once, and if the queue is full again later, it is reported again."""
-    limit_queue(broker, scripts, 10)
+    limit_queue(broker, scripts.amqp_url, "task_queue", 10)
     pipe = Pipe(tmp_path)
     script = scripts.start(NEW_TASKS, "--window", "20", pipe.path)
     done: list[bytes] = []
-
-    def enough(count: int) -> bool:
-        method, _properties, body = channel.basic_get("task_queue", auto_ack=True)
-        done.extend([body or b""] * bool(method))
-        return len(done) >= count
-
     for times in (1, 2):
         pipe.write(b"".join(b"%d\n" % n for n in range(20 * times - 19, 20 * times + 1)))
         script.expect_error(REJECTED, count=times)
-        eventually(lambda n=times: enough(20 * n), "a worker does them")  # type: ignore[misc]
+        done += [take(channel, "task_queue")[1] for _ in range(20)]
         time.sleep(6 * (times == 1))  # the script forgets the trouble after three calm seconds
     pipe.close()
     assert script.wait() == 0

@@ -16,7 +16,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import Channel, Confirm
 
 from tests.confirms import SILENCE, Pipe, numbers, send, sent, take_all
-from tests.proxy import ACK, Proxy
+from tests.proxy import ACK, Proxy, without
 from tests.scripts import NEW_TASKS, SECRET, Scripts, one_line, ready, replaced
 from tools.broker import Broker, eventually, free_port, virtual_host_of
 
@@ -70,14 +70,11 @@ def test_a_lost_connection_loses_no_task(
 
     Neither a node that is down nor a name without an address stops the script.
     """
-    confirms = 0
 
-    def watch(index: int, _to_broker: bool) -> bool:
-        nonlocal confirms
-        confirms += index == ACK
-        if confirms == 3:
+    def watch(_index: int, _to_broker: bool) -> bool:
+        if proxy.to_client[ACK] == 3:
             proxy.close()
-        return confirms < 3
+        return proxy.to_client[ACK] < 3
 
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
         urls = ",".join([NODE_WITHOUT_ADDRESS, proxy.url, scripts.amqp_url])
@@ -92,7 +89,7 @@ def test_a_lost_connection_loses_no_task(
 
 def test_a_cause_is_reported_once(scripts: Scripts, tmp_path: Path) -> None:
     """A connection that is lost time after time is one line, and each task is counted once."""
-    with closing(Proxy(scripts.amqp_url, lambda index, _: index != ACK)) as proxy:
+    with closing(Proxy(scripts.amqp_url, without(ACK))) as proxy:
         script = send(scripts, tmp_path, 20, "--window", "10", url=f"{proxy.url},{proxy.url}")
         for times in (1, 2, 3, 4):
             eventually(lambda n=times: proxy.connections >= n, "it connects")  # type: ignore[misc]

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
+from functools import partial
 
 import pika
 import pytest
@@ -15,33 +15,32 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import BasicProperties
 
 from tests.proxy import ACK, Proxy
-from tests.scripts import Script, Scripts, another_user, consumer
+from tests.scripts import (
+    RPC_CLIENT,
+    RPC_SERVER,
+    Script,
+    Scripts,
+    another_user,
+    consumer,
+    size,
+    take,
+)
 from tools import ROOT, environment
 from tools.broker import Broker, eventually, virtual_host_of
 
-SERVER, CLIENT = "rpc/rpc_server.py", "rpc/rpc_client.py"
 Request = tuple[BasicProperties, bytes]
 
 
 def program(scripts: Scripts, source: str, amqp_url: str | None = None) -> Script:
     """Start a program that imports the client."""
-    imports = "import os, time, pika\nfrom rpc_client import FibonacciRpcClient, RpcError\n"
+    imports = "import time, pika\nfrom rpc_client import FibonacciRpcClient, RpcError\n"
     env = environment(amqp_url or scripts.amqp_url, PYTHONPATH=str(ROOT / "rpc"))
-    started = Script([sys.executable, "-u", "-c", imports + source], env)
-    scripts.started.append(started)
-    return started
+    return scripts.start_command([sys.executable, "-u", "-c", imports + source], env)
 
 
-def take(channel: BlockingChannel, number: int, queue: str = "rpc_queue") -> list[Request]:
-    """Wait for this many messages: be a server that takes requests, or a client its answers."""
-    taken: list[Request] = []
-    for _, properties, body in channel.consume(queue, auto_ack=True, inactivity_timeout=15):
-        assert properties and body is not None, f"{len(taken)} of {number} came"  # noqa: PT018
-        taken.append((properties, body))
-        if len(taken) == number:
-            break
-    channel.cancel()
-    return taken
+def requests_to(channel: BlockingChannel, number: int) -> list[Request]:
+    """Be a server: take this many requests."""
+    return [take(channel, "rpc_queue") for _ in range(number)]
 
 
 def reply(channel: BlockingChannel, request: Request, answer: str, **other: object) -> None:
@@ -55,9 +54,9 @@ def reply(channel: BlockingChannel, request: Request, answer: str, **other: obje
 
 
 def test_the_client_is_a_class_for_programs_of_ones_own(scripts: Scripts) -> None:
-    """FibonacciRpcClient is imported, opened once, and called again and again, also after an error.
-    A malformed URL is an exception, and does not end the program."""
-    consumer(scripts, SERVER)
+    """FibonacciRpcClient is imported, opened once, and called again and again, also after an
+    error."""
+    consumer(scripts, RPC_SERVER)
     ended = program(
         scripts,
         """
@@ -69,11 +68,6 @@ with FibonacciRpcClient() as client:
         except (RpcError, TimeoutError) as error:
             print(error)
     print(client.call_many([]), client.call(12))
-os.environ["AMQP_URL"] = "amqp://guest:secret@localhost:port"
-try:
-    FibonacciRpcClient()
-except pika.exceptions.AMQPConnectionError as error:
-    print(error)
 """,
     )
     assert ended.wait() == 0, str(ended)
@@ -82,7 +76,6 @@ except pika.exceptions.AMQPConnectionError as error:
         "fib(-1): the server says 'not a whole number from 0 to 40'",
         "No answer within 0 s",
         "[] 144",
-        "AMQP_URL must look like amqp://user:password@host:5672/virtual_host",
     ]
     assert ended.err.seen == []
 
@@ -101,7 +94,7 @@ with FibonacciRpcClient() as client:
     print(client.call(8))
 """,
     )
-    requests = take(channel, 3)
+    requests = requests_to(channel, 3)
     assert [body for _, body in requests] == [b"7", b"6", b"5"]
     assert len({properties.correlation_id for properties, _ in requests}) == 3
     for stray in ({"correlation_id": "unknown"}, {"correlation_id": "unknown", "type": "error"}):
@@ -115,7 +108,7 @@ with FibonacciRpcClient() as client:
     reply(channel, requests[0], "13")
     client.expect("[13, 8, 5]")
 
-    requests += take(channel, 1)
+    requests += requests_to(channel, 1)
     path = f"queues/{virtual_host_of(scripts.amqp_url)}"
     (queue,) = [q for q in broker.api("GET", path) if q["name"] != "rpc_queue"]
     assert {properties.reply_to for properties, _ in requests} == {queue["name"]}
@@ -150,7 +143,7 @@ with FibonacciRpcClient() as client:
 """,
     )
     for nonsense in NONSENSE:
-        (request,) = take(channel, 1)
+        request = take(channel, "rpc_queue")
         reply(channel, request, nonsense)
     assert client.wait() == 0
     assert len(client.out.seen) == len(NONSENSE)
@@ -171,11 +164,11 @@ def test_a_server_killed_before_it_acknowledged_answers_twice(scripts: Scripts) 
         return True
 
     with closing(Proxy(scripts.amqp_url, watch)) as proxy:
-        dying = consumer(scripts, SERVER, amqp_url=proxy.url)
-        client = scripts.start(CLIENT, "--timeout", "60", "20", "21", "22")
+        dying = consumer(scripts, RPC_SERVER, amqp_url=proxy.url)
+        client = scripts.start(RPC_CLIENT, "--timeout", "60", "20", "21", "22")
         assert dying.wait() == -9
     assert dying.out.seen[1:] == [" [.] fib(20)"]
-    other = consumer(scripts, SERVER)
+    other = consumer(scripts, RPC_SERVER)
     assert client.wait() == 0
     assert client.out.seen[3:] == [" [.] Got 6765", " [.] Got 10946", " [.] Got 17711"]
     other.expect(" [.] fib(22)")
@@ -184,11 +177,11 @@ def test_a_server_killed_before_it_acknowledged_answers_twice(scripts: Scripts) 
 
 def test_a_server_killed_while_it_computes_is_replaced(scripts: Scripts) -> None:
     """Another server answers, and the client notices nothing."""
-    dying = consumer(scripts, SERVER)
-    client = scripts.start(CLIENT, "--timeout", "60", "34")
+    dying = consumer(scripts, RPC_SERVER)
+    client = scripts.start(RPC_CLIENT, "--timeout", "60", "34")
     dying.expect(" [.] fib(34)")
     dying.kill()
-    consumer(scripts, SERVER).expect(" [.] fib(34)")
+    consumer(scripts, RPC_SERVER).expect(" [.] fib(34)")
     assert client.wait() == 0
     assert client.out.seen[1:] == [" [.] Got 5702887"]
     assert client.err.seen == []
@@ -205,11 +198,11 @@ with FibonacciRpcClient() as client:
             client.call_many([number] * count, timeout)
         except TimeoutError:
             took = time.monotonic() - begin
-            assert timeout <= took < timeout + 1, took
+            assert timeout <= took < timeout + 3, took
     begin = time.monotonic()
 took = time.monotonic() - begin
-assert took < 2, took
-"""
+assert took < 4, took
+"""  # with two or three seconds more, because the machine may be busy
 
 
 def test_a_call_ends_in_the_time_given_also_where_the_broker_takes_nothing(
@@ -236,11 +229,8 @@ def test_few_requests_are_in_flight(scripts: Scripts, channel: BlockingChannel) 
     """Without a server, a call with many numbers ends in its time, and RabbitMQ drops its requests.
     With a server, the client sends the next request when an answer is here: no more than 100 of its
     requests wait at a time, and all of them are answered."""
-
-    def waiting() -> int:
-        return int(channel.queue_declare("rpc_queue", durable=True).method.message_count)
-
-    assert waiting() == 0
+    channel.queue_declare("rpc_queue", durable=True)
+    waiting = partial(size, channel, "rpc_queue")
     client = program(scripts, CALLS_IN_TIME.format("[(6, 50_000, 1)]"))
     eventually(waiting, "it has sent some")
     assert client.wait() == 0, str(client)
@@ -250,15 +240,15 @@ def test_few_requests_are_in_flight(scripts: Scripts, channel: BlockingChannel) 
         scripts,
         "with FibonacciRpcClient() as client: print(sum(client.call_many([5] * 250, 60)))",
     )
-    requests = take(channel, 100)
+    requests = requests_to(channel, 100)
     assert waiting() == 0
     reply(channel, requests.pop(), "5")
-    requests += take(channel, 1)
+    requests += requests_to(channel, 1)
     for number in (100, 49):
         assert waiting() == 0
         for request in requests:
             reply(channel, request, "5")
-        requests = take(channel, number)
+        requests = requests_to(channel, number)
     for request in requests:
         reply(channel, request, "5")
     assert client.wait() == 0, str(client)
@@ -284,7 +274,7 @@ print('left')
 """,
             amqp_url=proxy.url,
         )
-        take(channel, 1)
+        take(channel, "rpc_queue")
         proxy.cut()
         assert left.wait() == 0
     assert left.out.seen == ["lost", "left"]
@@ -299,13 +289,13 @@ BAD_INPUT = [b"ten", b"-1", b"41", b"9" * 10_000, b"1.5", b"", b"\xff\xfe", b"1 
 def test_bad_input_comes_back_as_an_error(scripts: Scripts, channel: BlockingChannel) -> None:
     """The caller gets an error, and the server serves on. A request without an address for the
     answer is dropped, because nobody waits for it."""
-    serving = consumer(scripts, SERVER)
+    serving = consumer(scripts, RPC_SERVER)
     queue = channel.queue_declare("", exclusive=True).method.queue
     for address in (None, queue):
         for body in [*BAD_INPUT, b"10"]:
             properties = pika.BasicProperties(reply_to=address, correlation_id=repr(body)[:20])
             channel.basic_publish("", "rpc_queue", body, properties)
-    *errors, (properties, answer) = take(channel, len(BAD_INPUT) + 1, queue)
+    *errors, (properties, answer) = [take(channel, queue) for _ in [*BAD_INPUT, b"10"]]
     for body, (error, text) in zip(BAD_INPUT, errors, strict=True):
         assert error.correlation_id == repr(body)[:20]
         assert (error.type, text) == ("error", b"not a whole number from 0 to 40"), body
@@ -322,7 +312,7 @@ def test_an_answer_that_rabbitmq_refuses_is_not_computed_forever(
     for a second time, but for no third time, and then takes the next one."""
     permissions = {"configure": "rpc_queue", "read": "rpc_queue"}
     with another_user(broker, scripts.amqp_url, "speechless", **permissions) as url:
-        serving = consumer(scripts, SERVER, amqp_url=url)
+        serving = consumer(scripts, RPC_SERVER, amqp_url=url)
         queue = channel.queue_declare("", exclusive=True).method.queue
         for body in (b"10", b"11"):
             properties = pika.BasicProperties(reply_to=queue)
@@ -336,43 +326,25 @@ def test_an_answer_that_rabbitmq_refuses_is_not_computed_forever(
 
 # --- Two servers ---
 
-SCHEDSTAT = "/proc/{}/schedstat"  # Linux: nanoseconds on a core, nanoseconds in line for one
 
-
-def seconds_on_a_core_and_in_line(servers: list[Script]) -> tuple[float, float]:
-    """Return how long processes have run, and how long they could not for the cores were busy."""
-    read = [Path(SCHEDSTAT.format(each.process.pid)).read_text().split() for each in servers]
-    return sum(int(run) for run, _, _ in read) / 1e9, sum(int(line) for _, line, _ in read) / 1e9
-
-
-def servers_at_work(scripts: Scripts, servers: list[Script]) -> float:
-    """Return how many servers work at a time while 8 calls are in flight: one alone would be 1.
-
-    It is the time that they compute, over the time on the clock, less what they stood in line for
-    a core. So it does not depend on how fast the machine is.
-    """
-    begin = seconds_on_a_core_and_in_line(servers)
-    client = scripts.run(CLIENT, "--timeout", "100", *["31"] * 8)
-    end = seconds_on_a_core_and_in_line(servers)
-    assert client.out.seen.count(" [.] Got 1346269") == 8
-    elapsed = client.out.times[-1] - client.out.time_of(" [x] Requesting fib(31)")
-    computed, in_line = (after - before for before, after in zip(begin, end, strict=True))
-    return computed / (elapsed - in_line / len(servers))
-
-
+@pytest.mark.speed
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-@pytest.mark.skipif(not Path(SCHEDSTAT.format("self")).exists(), reason="needs Linux's statistics")
 def test_servers_share_the_load(
     scripts: Scripts, record_property: Callable[[str, object], None]
 ) -> None:
-    """Two servers compute at the same time, and so do at least 1.6 times the work of one. (On a
-    busy machine, they also wait for RabbitMQ. So they have three tries.)"""
-    servers = [consumer(scripts, SERVER) for _ in range(2)]
-    assert len(os.sched_getaffinity(servers[0].process.pid)) >= 2, "it may use two cores"
-    tries: list[float] = []
-    while len(tries) < 3 and max(tries, default=0) < 1.6:
-        tries.append(servers_at_work(scripts, servers))
-    record_property("two servers", f"{max(tries):.2f} times the calls of one")
-    assert max(tries) >= 1.6, tries
-    done = [each.out.seen.count(" [.] fib(31)") for each in servers]
-    assert sum(done) == 8 * len(tries), "none is done twice"
+    """Two servers on two cores do the same calls at least 1.6 times as fast as one. (That a server
+    does the short calls while another one is busy is tested by playing the lesson.)"""
+
+    def seconds() -> float:
+        client = scripts.run(RPC_CLIENT, "--timeout", "100", *["31"] * 8)
+        assert client.out.seen.count(" [.] Got 1346269") == 8
+        return client.out.times[-1] - client.out.time_of(" [x] Requesting fib(31)")
+
+    one = consumer(scripts, RPC_SERVER)
+    alone = min(seconds() for _ in range(3))
+    other = consumer(scripts, RPC_SERVER)
+    together = min(seconds() for _ in range(3))
+    record_property("two servers", f"{alone / together:.2f} times the calls of one")
+    assert alone / together >= 1.6
+    done = [each.out.seen.count(" [.] fib(31)") for each in (one, other)]
+    assert sum(done) == 2 * 3 * 8, "none is done twice"

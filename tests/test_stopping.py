@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from contextlib import closing
 from functools import partial
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
+from pika.spec import Connection
 
-from tests.proxy import ACK, Proxy
+from tests.proxy import ACK, Proxy, Watch, without
 from tests.scripts import (
     CONSUMERS,
     EMIT_LOG,
@@ -21,6 +21,7 @@ from tests.scripts import (
     LOGS_WAITING,
     LOST,
     NEW_TASK,
+    NEW_TASKS,
     RECEIVE,
     RECEIVE_LOGS,
     RPC_CLIENT,
@@ -31,18 +32,16 @@ from tests.scripts import (
     Script,
     Scripts,
     consumer,
+    each_signal,
     full_pipe,
+    put,
     received,
+    size,
 )
-from tools import ROOT, TIMEOUT, environment
+from tools import ROOT, environment
 from tools.broker import eventually
 
-NOBODY = "amqp://localhost:1"
-CONSUMING = [name for name in SHAPES if name in CONSUMERS]
-PRODUCING = [name for name in SHAPES if name not in CONSUMERS]
-each_signal = pytest.mark.parametrize(
-    "how", [signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name
-)
+STOPPED = " [!] Stopped. 0 tasks are confirmed. Go on from line 1"
 
 
 def ends_at_once(script: Script, how: signal.Signals) -> None:
@@ -55,10 +54,20 @@ def ends_at_once(script: Script, how: signal.Signals) -> None:
     assert script.err.seen[complaints:] == []
 
 
+def in_bash(scripts: Scripts, command: str, name: str, amqp_url: str = "") -> Script:
+    """Run a script, which is "$@", as a command of a shell does."""
+    words = ["bash", "-c", command, "-", sys.executable, name]
+    return scripts.start_command(words, environment(amqp_url or scripts.amqp_url))
+
+
 @each_signal
-def test_an_idle_consumer_ends_at_once(scripts: Scripts, how: signal.Signals) -> None:
-    """Within a second, with nothing on standard error and exit status 0."""
-    for script in [consumer(scripts, name) for name in (RECEIVE, WORKER)]:
+@pytest.mark.parametrize("signals", [1, 2])
+def test_an_idle_consumer_ends_at_once(scripts: Scripts, how: signal.Signals, signals: int) -> None:
+    """Within a second, with nothing on standard error and exit status 0. An impatient second
+    Ctrl+C, however soon after the first, makes no traceback."""
+    for script in [consumer(scripts, name) for name in SHAPES if name in CONSUMERS]:
+        if signals == 2:
+            script.process.send_signal(how)
         ends_at_once(script, how)
 
 
@@ -67,23 +76,42 @@ def test_a_consumer_that_waits_for_a_broker_ends_at_once(
     scripts: Scripts, how: signal.Signals
 ) -> None:
     """The same while there is no broker."""
-    script = scripts.start(RECEIVE, amqp_url=NOBODY)
+    script = scripts.start(RECEIVE, amqp_url="amqp://localhost:1")
     script.expect_error(LOST)
     ends_at_once(script, how)
 
 
+IMPORTING = """
+import sys, time
+print("it waits", file=sys.stderr, flush=True)
+time.sleep(60)
+"""
+ASKING = """
+import socket, sys, time
+def ask(*_, **__):
+    time.sleep(0.2)  # until pika's thread waits for the answer
+    print("it waits", file=sys.stderr, flush=True)
+    time.sleep(60)
+socket.getaddrinfo = ask
+"""
+
+
 @each_signal
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [("pika", IMPORTING), ("sitecustomize", ASKING)],
+    ids=["imports pika", "asks a name server"],
+)
 def test_a_script_that_is_still_starting_ends_at_once(
-    scripts: Scripts, how: signal.Signals, tmp_path: Path
+    scripts: Scripts, how: signal.Signals, tmp_path: Path, module: str, source: str
 ) -> None:
-    """Ctrl+C works from the first moment, also while pika is imported, which takes a while."""
-    (tmp_path / "pika.py").write_text(
-        "import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
-    )
+    """Ctrl+C works from the first moment, also while pika is imported, which takes a while, and
+    while a name server does not answer."""
+    (tmp_path / f"{module}.py").write_text(source)
     with scripts.environment(PYTHONPATH=str(tmp_path)):
         starting = scripts.launch(SEND, RECEIVE)
     for script in starting.values():
-        script.expect_error("importing")
+        script.expect_error("it waits")
         ends_at_once(script, how)
 
 
@@ -100,90 +128,47 @@ def test_a_task_in_hand_goes_back_to_its_queue(
     server.expect(" [.] fib(40)")
     for script in (server, worker):
         ends_at_once(script, how)
-
-    def has_one_message(queue: str) -> bool:
-        return bool(channel.queue_declare(queue, passive=True).method.message_count == 1)
-
     for queue in ("task_queue", "rpc_queue"):
-        eventually(partial(has_one_message, queue), f"{queue} has it again")
+        eventually(lambda queue=queue: size(channel, queue) == 1, f"{queue} has it again")  # type: ignore[misc]
     ends_at_once(client, how)
 
 
 @each_signal
+@pytest.mark.parametrize(
+    ("names", "watch", "held"),
+    [
+        ([SEND, RPC_CLIENT], lambda *_: False, Connection.Start.INDEX),
+        ([NEW_TASK], without(ACK), ACK),
+    ],
+    ids=["connection", "confirm"],
+)
 def test_a_producer_that_waits_for_the_broker_ends_at_once(
-    scripts: Scripts, how: signal.Signals
+    scripts: Scripts, how: signal.Signals, names: list[str], watch: Watch, held: int
 ) -> None:
     """A broker that hangs holds no script: it ends within a second, and has not said "Sent". A
     second signal that follows at once changes nothing."""
-    with closing(Proxy(scripts.amqp_url, lambda *_: False)) as silent:
-        producers = scripts.launch(*PRODUCING, amqp_url=silent.url).values()
-        eventually(lambda: silent.connections == len(producers), "the scripts connect")
+    with closing(Proxy(scripts.amqp_url, watch)) as silent:
+        producers = scripts.launch(*names, amqp_url=silent.url).values()
+        eventually(lambda: silent.to_client[held] == len(names), "the scripts wait")
         for script in producers:
             script.process.send_signal(how)
             ends_at_once(script, how)
             assert script.out.seen == []
 
 
-@each_signal
-def test_new_task_ends_at_once_while_it_waits_for_the_confirm(
-    scripts: Scripts, how: signal.Signals
-) -> None:
-    """A task that is not confirmed is not reported as sent."""
-    held: list[int] = []
-
-    def watch(index: int, _to_broker: bool) -> bool:
-        held.extend([index] * (index == ACK))
-        return not held
-
-    with closing(Proxy(scripts.amqp_url, watch)) as proxy:
-        script = scripts.start(NEW_TASK, amqp_url=proxy.url)
-        eventually(lambda: held, "the broker confirms the task")
-        ends_at_once(script, how)
-    assert script.out.seen == []
-
-
-def test_a_script_that_waits_for_a_name_server_ends_at_once(
-    scripts: Scripts, tmp_path: Path
-) -> None:
-    """A name server that does not answer keeps no script from ending."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import socket, sys, time\n"
-        "def ask(*_, **__):\n"
-        "    time.sleep(0.2)  # until pika's thread waits for the answer\n"
-        "    print('asking', file=sys.stderr, flush=True)\n"
-        "    time.sleep(60)\n"
-        "socket.getaddrinfo = ask\n"
-    )
-    with scripts.environment(PYTHONPATH=str(tmp_path)):
-        asking = scripts.launch(SEND, RECEIVE)
-    for script in asking.values():
-        script.expect_error("asking")
-        ends_at_once(script, signal.SIGINT)
-
-
-@each_signal
-def test_a_second_signal_that_follows_at_once_changes_nothing(
-    scripts: Scripts, how: signal.Signals
-) -> None:
-    """An impatient second Ctrl+C, however soon after the first, makes no traceback."""
-    for script in [consumer(scripts, name) for name in CONSUMING]:
-        script.process.send_signal(how)
-        ends_at_once(script, how)
-
-
-@pytest.mark.parametrize("name", [SEND, RPC_CLIENT])
+@pytest.mark.parametrize("name", [SEND, RPC_CLIENT, NEW_TASKS])
 def test_ctrl_c_ends_the_loop_of_a_shell(scripts: Scripts, name: str) -> None:
     """With `for … do python send.py; done`, Ctrl+C does not start the next send.py: bash sees that
     the script has ended by the signal, which came to both, and ends, too."""
-    loop = f"for i in 1 2 3; do python {name}; done; echo not interrupted"
+    loop = 'for i in 1 2 3; do "$@"; done; echo not interrupted'
     with closing(Proxy(scripts.amqp_url, lambda *_: False)) as silent:
-        shell = Script(["bash", "-c", loop], environment(silent.url))
-        scripts.started.append(shell)
+        shell = in_bash(scripts, loop, name, silent.url)
         eventually(lambda: silent.connections, "the first script connects")
         os.killpg(shell.process.pid, signal.SIGINT)  # as a terminal does
         assert shell.wait() == -signal.SIGINT
         assert silent.connections == 1
-    assert shell.out.seen == shell.err.seen == []
+    assert shell.out.seen == []
+    assert shell.err.seen == [STOPPED] * (name == NEW_TASKS)
 
 
 # --- Output ---
@@ -223,34 +208,23 @@ def test_output_that_fails_is_one_line(scripts: Scripts) -> None:
     assert serving.process.poll() is None
 
 
-def in_bash(name: str, redirection: str, amqp_url: str) -> subprocess.CompletedProcess[str]:
-    """Run a script with its output as the shell writes it."""
-    return subprocess.run(
-        ["bash", "-c", f'"$@" {redirection}', "-", sys.executable, name],
-        cwd=ROOT,
-        env=environment(amqp_url),
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-
-
 @pytest.mark.parametrize(
     ("redirection", "told"),
     [
-        (">&-", " [!] [Errno 9] Bad file descriptor\n"),
-        (">&- 2>&-", ""),
-        (">/dev/full 2>&1", ""),
-        (">/dev/full 2>&-", ""),
+        (">&-", [" [!] [Errno 9] Bad file descriptor"]),
+        (">&- 2>&-", []),
+        (">/dev/full 2>&1", []),
+        (">/dev/full 2>&-", []),
     ],
 )
 def test_whatever_is_wrong_with_the_output_the_status_says_so(
-    scripts: Scripts, redirection: str, told: str
+    scripts: Scripts, redirection: str, told: list[str]
 ) -> None:
     """Standard output closed, both closed, both on a full disk: the exit status is 1."""
     for name in (RECEIVE, SEND):
-        ended = in_bash(name, redirection, scripts.amqp_url)
-        assert (ended.returncode, ended.stderr) == (1, told)
+        ended = in_bash(scripts, f'"$@" {redirection}', name)
+        assert ended.wait() == 1
+        assert ended.err.seen == told
 
 
 def test_a_file_has_only_log_lines_also_if_standard_error_is_closed(
@@ -258,11 +232,8 @@ def test_a_file_has_only_log_lines_also_if_standard_error_is_closed(
 ) -> None:
     """With `2>&- > file`, "Waiting" and errors go nowhere, not into the file."""
     file = tmp_path / "logs"
-    write_logs = f'exec "$@" 2>&- >{file}'
-    command = ["bash", "-c", write_logs, "-", sys.executable, RECEIVE_LOGS]
     with closing(Proxy(scripts.amqp_url)) as proxy:
-        script = Script(command, environment(proxy.url))
-        scripts.started.append(script)
+        in_bash(scripts, f'exec "$@" 2>&- >{file}', RECEIVE_LOGS, proxy.url)
 
         def log_comes(line: str) -> bool:
             scripts.run(EMIT_LOG, line)
@@ -276,25 +247,13 @@ def test_a_file_has_only_log_lines_also_if_standard_error_is_closed(
 
 @pytest.mark.parametrize(("name", "queue"), [(WORKER, "task_queue"), (FILE_WORKER, "tasks")])
 def test_a_worker_that_cannot_even_complain_ends(
-    amqp_url: str, channel: BlockingChannel, name: str, queue: str
+    scripts: Scripts, channel: BlockingChannel, name: str, queue: str
 ) -> None:
     """With `2>&1 | head -1`, both outputs are lost after one line. The worker ends, and the task
     that it had is in its queue again."""
-    script = subprocess.Popen(
-        [sys.executable, name],
-        cwd=ROOT,
-        env=environment(amqp_url),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        assert script.stdout
-        with script.stdout:
-            assert script.stdout.readline().decode() == f"{CONSUMERS[name]}\n"
-        channel.confirm_delivery()
-        channel.basic_publish("", queue, b"task", mandatory=True)
-        assert script.wait(TIMEOUT) == 1
-    finally:
-        script.kill()
-        script.wait()
+    shell = in_bash(scripts, '"$@" 2>&1 | head -1; echo ${PIPESTATUS[0]}', name)
+    shell.expect(CONSUMERS[name])
+    put(channel, queue, "task")
+    shell.wait()
+    assert shell.out.seen == [CONSUMERS[name], "1"]
     eventually(lambda: channel.basic_get(queue)[0], "the task is back")

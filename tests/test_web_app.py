@@ -24,9 +24,8 @@ import requests
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import Basic
 
-from tests.confirms import limit_queue
 from tests.proxy import ACK, PUBLISH, Proxy
-from tests.scripts import SECRET, Record, Scripts, one_line, ready, replaced, take
+from tests.scripts import SECRET, Record, Scripts, limit_queue, one_line, ready, replaced, take
 from tests.test_all_scripts import WRONG
 from tools.broker import Broker, eventually, free_port
 from web_app.publisher import (
@@ -133,7 +132,7 @@ def test_a_message_that_a_full_queue_rejects_fails(
     broker: Broker, scripts: Scripts, channel: BlockingChannel
 ) -> None:
     """It is not stored. As soon as there is room, the next message is."""
-    limit_queue(broker, scripts, 1)
+    limit_queue(broker, scripts.amqp_url, "task_queue", 1)
     with publisher(scripts.amqp_url) as shared:
         shared.publish("one").result()
         failed = [shared.publish("more") for _ in range(10)]

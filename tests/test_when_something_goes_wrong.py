@@ -8,9 +8,9 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import pika
@@ -20,7 +20,7 @@ from pika.adapters.blocking_connection import BlockingChannel, BlockingConnectio
 from pika.spec import Connection
 
 from tests.proxy import Proxy
-from tests.scripts import Scripts, another_user, replaced
+from tests.scripts import SEND, Scripts, another_user, consumer_timeout, replaced
 from tools import ROOT, environment
 from tools.broker import Broker, eventually, free_port, virtual_host_of
 
@@ -29,28 +29,22 @@ SECTION = README.partition("\n## When something goes wrong\n")[2].partition("\n#
 INDEX = re.findall(r"^\| `([^`]+)` \|", SECTION, re.MULTILINE)
 
 
+@dataclass
 class Situation:
-    """What a reader who meets an error has: a broker, a URL, a channel, an empty folder."""
+    """What a reader who meets an error has: a broker, its URL, scripts, a channel to destroy."""
 
-    def __init__(self, broker: Broker, scripts: Scripts, folder: Path) -> None:
-        self.broker = broker
-        self.scripts = scripts
-        self.url = scripts.amqp_url
-        self.folder = folder
+    broker: Broker
+    url: str
+    scripts: Scripts
+    channel: BlockingChannel
 
-    @contextmanager
-    def channel(self, url: str = "") -> Iterator[BlockingChannel]:
-        """Open a channel of its own, which the error may destroy."""
-        connection = BlockingConnection(pika.URLParameters(url or self.url))
-        try:
-            yield connection.channel()
-        finally:
-            if connection.is_open:
-                connection.close()
+    def told_by_send(self, url: str) -> None:
+        """Start send.py, which fails, and raise what it tells."""
+        raise RuntimeError(self.scripts.run(SEND, amqp_url=url, status=1).err.all())
 
-    def connect(self, url: str) -> None:
-        with self.channel(url):
-            pass
+
+def connect(url: str) -> None:
+    BlockingConnection(pika.URLParameters(url)).close()
 
 
 Cause = Callable[[Situation], object]
@@ -69,38 +63,34 @@ def causes(text: str) -> Callable[[Cause], Cause]:
 
 @causes("ModuleNotFoundError: No module named 'pika'")
 def without_pika(_: Situation) -> None:
-    command = [sys.executable, "-S", "hello_world/send.py"]  # -S: nothing that was installed
+    command = [sys.executable, "-S", SEND]  # -S: nothing that was installed
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
     raise RuntimeError(ended.stderr)
 
 
 @causes("Connection refused")
 def no_broker(s: Situation) -> None:
-    started = s.scripts.start("hello_world/send.py", amqp_url=replaced(s.url, port=free_port()))
-    started.wait()
-    raise RuntimeError(started.err.all())
+    s.told_by_send(replaced(s.url, port=free_port()))
 
 
 @causes("No RabbitMQ accepts us")
 def two_addresses(s: Situation) -> None:
-    urls = ",".join(replaced(s.url, port=free_port()) for _ in range(2))
-    raise RuntimeError(s.scripts.run("hello_world/send.py", amqp_url=urls, status=1).err.all())
+    s.told_by_send(",".join(replaced(s.url, port=free_port()) for _ in range(2)))
 
 
 @causes("AMQP_URL must look like")
 def an_empty_address(s: Situation) -> None:
-    url = f"{s.url},"
-    raise RuntimeError(s.scripts.run("hello_world/send.py", amqp_url=url, status=1).err.all())
+    s.told_by_send(f"{s.url},")
 
 
 @causes("ACCESS_REFUSED - Login was refused")
 def wrong_password(s: Situation) -> None:
-    s.connect(replaced(s.url, user="guest:wrong"))
+    connect(replaced(s.url, user="guest:wrong"))
 
 
 @causes("NOT_ALLOWED - vhost")
 def wrong_virtual_host(s: Situation) -> None:
-    s.connect(replaced(s.url, path="/nowhere"))
+    connect(replaced(s.url, path="/nowhere"))
 
 
 @causes("NOT_ALLOWED - access to vhost")
@@ -112,92 +102,78 @@ def no_permissions_at_all(s: Situation) -> None:
 
 @causes("ACCESS_REFUSED - ")
 def no_permission(s: Situation) -> None:
-    with another_user(s.broker, s.url, "newcomer") as url, s.channel(url) as channel:
-        channel.queue_declare("hello", durable=True)
+    with another_user(s.broker, s.url, "newcomer") as url:
+        BlockingConnection(pika.URLParameters(url)).channel().queue_declare("hello", durable=True)
 
 
 @causes("PRECONDITION_FAILED - inequivalent arg")
 def other_settings(s: Situation) -> None:
-    with s.channel() as channel:
-        channel.queue_declare("hello", durable=True)
-        channel.queue_declare("hello", durable=True, arguments={"x-max-length": 10})
+    s.channel.queue_declare("hello", durable=True)
+    s.channel.queue_declare("hello", durable=True, arguments={"x-max-length": 10})
 
 
 @causes("PRECONDITION_FAILED - unknown delivery tag")
 def acknowledged_twice(s: Situation) -> None:
-    with s.channel() as channel:
-        channel.queue_declare("hello", durable=True)
-        channel.basic_publish("", "hello", b"")
-        tag = eventually(lambda: channel.basic_get("hello")[0], "the message").delivery_tag
-        channel.basic_ack(tag)
-        channel.basic_ack(tag)
-        channel.queue_declare("hello", passive=True)
+    s.channel.queue_declare("hello", durable=True)
+    s.channel.basic_publish("", "hello", b"")
+    tag = eventually(lambda: s.channel.basic_get("hello")[0], "the message").delivery_tag
+    s.channel.basic_ack(tag)
+    s.channel.basic_ack(tag)
+    s.channel.queue_declare("hello", passive=True)
 
 
 @causes("PRECONDITION_FAILED - delivery acknowledgement")
 def acknowledged_too_late(s: Situation) -> None:
     if tuple(map(int, s.broker.version.split(".")[:2])) >= (4, 3):
         pytest.skip("RabbitMQ 4.3 does not close the channel any more")
-    names = [("consumer_timeout", 1000, 1_800_000), ("channel_tick_interval", 500, 60_000)]
-    for name, value, _ in names:
-        s.broker.rabbitmqctl("eval", f"application:set_env(rabbit, {name}, {value}).")
-    try:
-        with s.channel() as channel:
-            channel.queue_declare("hello", durable=True)
-            channel.basic_publish("", "hello", b"")
-            channel.basic_consume("hello", lambda *_: None)
-            channel.start_consuming()
-    finally:
-        for name, _, value in names:
-            s.broker.rabbitmqctl("eval", f"application:set_env(rabbit, {name}, {value}).")
+    with consumer_timeout(s.broker, 1000):
+        channel = BlockingConnection(pika.URLParameters(s.url)).channel()  # it has the new timeout
+        channel.queue_declare("hello", durable=True)
+        channel.basic_publish("", "hello", b"")
+        channel.basic_consume("hello", lambda *_: None)
+        channel.start_consuming()
 
 
 @causes("PRECONDITION_FAILED - user_id")
 def a_false_sender(s: Situation) -> None:
-    with s.channel() as channel:
-        channel.confirm_delivery()
-        channel.basic_publish("", "hello", b"", pika.BasicProperties(user_id="boss"))
+    s.channel.confirm_delivery()
+    s.channel.basic_publish("", "hello", b"", pika.BasicProperties(user_id="boss"))
 
 
 @causes("NOT_FOUND - no queue")
 def no_queue(s: Situation) -> None:
-    with s.channel() as channel:
-        channel.basic_consume("nowhere", lambda *_: None)
+    s.channel.basic_consume("nowhere", lambda *_: None)
 
 
 @causes("RESOURCE_LOCKED")
 def somebody_elses(s: Situation) -> None:
-    with s.channel() as first, s.channel() as second:
-        first.queue_declare("mine", exclusive=True)
-        second.queue_declare("mine", exclusive=True)
+    other = BlockingConnection(pika.URLParameters(s.url))
+    other.channel().queue_declare("mine", exclusive=True)
+    s.channel.queue_declare("mine", exclusive=True)
 
 
 @causes("NOT_IMPLEMENTED")
 def get_from_a_stream(s: Situation) -> None:
-    with s.channel() as channel:
-        channel.queue_declare("log", durable=True, arguments={"x-queue-type": "stream"})
-        channel.basic_get("log")
+    s.channel.queue_declare("log", durable=True, arguments={"x-queue-type": "stream"})
+    s.channel.basic_get("log")
 
 
 @causes("consumer prefetch count is not set")
 def stream_without_a_prefetch(s: Situation) -> None:
-    with s.channel() as channel:
-        channel.queue_declare("log", durable=True, arguments={"x-queue-type": "stream"})
-        channel.basic_consume("log", lambda *_: None)
+    s.channel.queue_declare("log", durable=True, arguments={"x-queue-type": "stream"})
+    s.channel.basic_consume("log", lambda *_: None)
 
 
 @causes("transient_nonexcl_queues")
 def neither_durable_nor_exclusive(s: Situation) -> None:
     if s.broker.version.startswith("3."):
         pytest.skip("RabbitMQ 3.10 accepts such queues")
-    with s.channel() as channel:
-        channel.queue_declare("old")
+    s.channel.queue_declare("old")
 
 
-def in_two_threads(s: Situation) -> str:
-    """Publish on one connection from eight threads, until one of them fails."""
-    connection = BlockingConnection(pika.URLParameters(s.url))
-    channel = connection.channel()
+def published_by_threads(url: str) -> str:
+    """Publish on one connection from eight threads until it fails, and return their errors."""
+    channel = BlockingConnection(pika.URLParameters(url)).channel()
     channel.confirm_delivery()
     errors: list[str] = []
 
@@ -218,77 +194,68 @@ def in_two_threads(s: Situation) -> str:
 
 @causes("IndexError: pop from an empty deque")
 def shared_by_threads(s: Situation) -> None:
-    told = ""
-    for _ in range(20):  # which error it is, is a matter of luck
-        told += in_two_threads(s)
-        if "IndexError" in told:
-            break
-    raise RuntimeError(told.replace("IndexError('", "IndexError: "))
+    tries = (published_by_threads(s.url) for _ in range(20))  # some get another error
+    found = next(errors for errors in tries if "IndexError" in errors)
+    raise RuntimeError(found.replace("IndexError('", "IndexError: "))
 
 
 @causes("UNEXPECTED_FRAME")
 def a_frame_too_many(s: Situation) -> None:
     """What two processes or threads on one connection do to each other's frames."""
-    with s.channel() as channel:
-        header = pika.frame.Header(1, 3, pika.BasicProperties())
-        impl: Any = channel.connection
-        impl._impl._output_marshaled_frames([header.marshal()])
-        channel.queue_declare("hello", durable=True)
+    header = pika.frame.Header(1, 3, pika.BasicProperties())
+    impl: Any = s.channel.connection
+    impl._impl._output_marshaled_frames([header.marshal()])
+    s.channel.queue_declare("hello", durable=True)
 
 
 @causes("StreamLostError")
 def connection_cut(s: Situation) -> None:
-    with closing(Proxy(s.url)) as proxy, s.channel(proxy.url) as channel:
+    with closing(Proxy(s.url)) as proxy:
+        channel = BlockingConnection(pika.URLParameters(proxy.url)).channel()
         proxy.cut()
         channel.queue_declare("hello", durable=True)
 
 
 @causes("CONNECTION_FORCED")
 def closed_by_an_administrator(s: Situation) -> None:
-    with s.channel() as channel:
-        name = eventually(
-            lambda: [c for c in s.broker.api("GET", "connections") if c["vhost"] in s.url],
-            "the broker shows the connection",
-        )[0]["name"]
-        s.broker.api("DELETE", f"connections/{name}")
-        channel.connection.sleep(10)
+    name = eventually(
+        lambda: [c for c in s.broker.api("GET", "connections") if c["vhost"] in s.url],
+        "the broker shows the connection",
+    )[0]["name"]
+    s.broker.api("DELETE", f"connections/{name}")
+    s.channel.connection.sleep(10)
 
 
 @causes("IncompatibleProtocolError")
 def not_amqp(s: Situation) -> None:
-    losing = True
-
     def watch(index: int, _to_broker: bool) -> bool:
-        if losing and index == Connection.Start.INDEX:
+        if index == Connection.Start.INDEX:
             proxy.cut()
         return True
 
     with closing(Proxy(s.url, watch)) as proxy:
-        s.connect(proxy.url)
+        connect(proxy.url)
 
 
 @causes("ChannelWrongStateError")
 def closed_channel(s: Situation) -> None:
-    with s.channel() as channel:
-        channel.close()
-        channel.basic_publish("", "hello", b"")
+    s.channel.close()
+    s.channel.basic_publish("", "hello", b"")
 
 
 @causes("NackError")
 def full_queue(s: Situation) -> None:
-    with s.channel() as channel:
-        limit = {"x-max-length": 1, "x-overflow": "reject-publish"}
-        channel.queue_declare("full", durable=True, arguments=limit)
-        channel.confirm_delivery()
-        for _ in range(3):
-            channel.basic_publish("", "full", b"")
+    limit = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    s.channel.queue_declare("full", durable=True, arguments=limit)
+    s.channel.confirm_delivery()
+    for _ in range(3):
+        s.channel.basic_publish("", "full", b"")
 
 
 @causes("UnroutableError")
 def nowhere(s: Situation) -> None:
-    with s.channel() as channel:
-        channel.confirm_delivery()
-        channel.basic_publish("", "nowhere", b"", mandatory=True)
+    s.channel.confirm_delivery()
+    s.channel.basic_publish("", "nowhere", b"", mandatory=True)
 
 
 def with_certificate(
@@ -323,16 +290,16 @@ def expired(s: Situation) -> None:
 
 @causes("WRONG_VERSION_NUMBER")
 def tls_to_the_plain_port(s: Situation) -> None:
-    s.connect(s.url.replace("amqp://", "amqps://"))
+    connect(s.url.replace("amqp://", "amqps://"))
 
 
 @pytest.mark.parametrize("text", INDEX)
 def test_each_error_of_the_index_happens_as_it_says(
-    own_broker: Broker, scripts: Scripts, tmp_path: Path, text: str
+    own_broker: Broker, scripts: Scripts, channel: BlockingChannel, text: str
 ) -> None:
     """What the README names as the cause of an error makes a reader see this text."""
     with pytest.raises(Exception) as caught:  # noqa: PT011
-        CAUSES[text](Situation(own_broker, scripts, tmp_path))
+        CAUSES[text](Situation(own_broker, scripts.amqp_url, scripts, channel))
     assert text in repr(caught.value) + str(caught.value)
 
 

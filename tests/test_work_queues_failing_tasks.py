@@ -14,12 +14,14 @@ from pika.spec import BasicProperties
 
 from tests.scripts import (
     DONE,
+    NEW_TASK,
     TASKS_WAITING,
     WORKER,
     LargeNumber,
     Scripts,
     another_user,
     consumer,
+    limit_queue,
     put,
     received,
     size,
@@ -27,13 +29,13 @@ from tests.scripts import (
     tasks_of,
     worker_that,
 )
-from tools.broker import Broker, eventually, virtual_host_of
+from tools.broker import Broker, eventually
 
 
 def test_a_task_that_is_no_text_is_done_like_any_other(scripts: Scripts) -> None:
     """Bytes that are no UTF-8 bring no worker down; their dots are seconds as well."""
     doing = consumer(scripts, WORKER)
-    scripts.run("work_queues/new_task.py", b"\xff\xfe.")
+    scripts.run(NEW_TASK, b"\xff\xfe.")
     doing.expect(DONE)
     assert doing.out.seen == [TASKS_WAITING, received("\udcff\udcfe."), DONE]
 
@@ -91,9 +93,7 @@ def test_a_failed_task_that_is_not_taken_back_holds_up_no_other(
         failing = consumer(scripts, copy, amqp_url=reader if "permission" in why else None)
         failing.expect(received("two"))
         if "full" in why:
-            limit = {"max-length": 2, "overflow": "reject-publish"}
-            policy = {"pattern": "task_queue", "definition": limit}
-            broker.api("PUT", f"policies/{virtual_host_of(scripts.amqp_url)}/full", policy)
+            limit_queue(broker, scripts.amqp_url, "task_queue", 2)
         gate.write_text("no number")
         failing.expect(DONE, count=2)
         put(channel, "task_queue", "last")
