@@ -81,8 +81,8 @@ def work(text):
 
 def answer(options, channel, done):
     """Acknowledge the tasks that are done, all together. Put back those that have failed."""
-    if options.auto_ack or options.forget_ack:
-        return
+    if options.auto_ack or options.forget_ack or channel.is_closed:
+        return  # if it is closed, start_consuming raises the reason
     tags = []
     while done:
         tag, properties, body, failed = done.popleft()
