@@ -217,10 +217,11 @@ def clients(bench: Bench) -> Iterator[Table]:
             "Other clients",
             "The tasks have 10 bytes, and go to one classic queue. A task that is published is "
             "persistent, mandatory and confirmed. A worker has no work to do: it prints two lines "
-            "and acknowledges each task when it is done. Each client has advantages that no table "
-            "shows. aio-pika is for programs with asyncio, and reconnects by itself. In amqpstorm, "
-            "any thread may use a channel, and a thread that waits for an answer looks for it "
-            "every ten milliseconds. kombu also works with brokers other than RabbitMQ.",
+            "for each task. `worker.py` acknowledges several tasks at once, and the others "
+            "acknowledge each one. Each client has advantages that no table shows. aio-pika is for "
+            "programs with asyncio, and reconnects by itself. In amqpstorm, any thread may use a "
+            "channel, and a thread that waits for an answer looks for it every ten milliseconds. "
+            "kombu also works with brokers other than RabbitMQ.",
             "tasks/s",
             ways,
         )
