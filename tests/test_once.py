@@ -536,7 +536,7 @@ def test_what_once_costs(
 
     def confirm() -> float:
         begin, end = business.scripts.run(
-            "tools/bench/plain.py", "--confirm", str(number)
+            "tools/bench/clients/with_pika.py", "publish", str(number), "confirmed"
         ).out.times
         channel.queue_purge("task_queue")
         return number / (end - begin)
