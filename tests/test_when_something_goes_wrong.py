@@ -97,7 +97,7 @@ def wrong_virtual_host(s: Situation) -> None:
 def no_permissions_at_all(s: Situation) -> None:
     with another_user(s.broker, s.url, "stranger") as url:
         s.broker.api("DELETE", f"permissions/{virtual_host_of(s.url)}/stranger")
-        s.connect(url)
+        connect(url)
 
 
 @causes("ACCESS_REFUSED - ")
