@@ -86,7 +86,7 @@ def run(options):
 
 
 # A malformed AMQP_URL, a wrong password or virtual host, no permission, other settings of a queue
-HOPELESS = "AMQP_URL|(ACCESS_REFUSED|NOT_ALLOWED|PRECONDITION_FAILED)(?!.* (reached|down))"
+HOPELESS = "AMQP_URL|(ACCESS_REFUSED|NOT_ALLOWED|PRECONDITION_FAILED)(?!.* (reached|down|replica))"
 
 if __name__ == "__main__":
     try:

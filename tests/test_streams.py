@@ -360,7 +360,8 @@ class Reading:
                 if len(seen) == count:
                     break
         assert list(self.texts) == sorted(self.texts)
-        assert seen == {f"line {n}" for n in range(count)}
+        missing = {f"line {n}" for n in range(count)} - seen
+        assert not missing, f"{len(missing)} lines did not come; {self.crew.everyone[-1]}"
         assert set(self.crew.complaints()) == {LOGS_WAITING}
         return len(self.texts) - count
 
