@@ -596,7 +596,8 @@ def test_a_server_that_cannot_start_says_why(scripts: Scripts, name: str) -> Non
     starts without RabbitMQ, and says in one line that it is not there."""
     nobody = replaced(scripts.amqp_url, user=f"guest:{SECRET}", port=free_port())
     waiting = scripts.start(name, "--port", port := str(free_port()), amqp_url=nobody)
-    assert "AMQP_URL must look like" in one_line(scripts.start(name, amqp_url=WRONG[3]))
+    nowhere = scripts.start(name, "--port", str(free_port()), amqp_url=WRONG[3])
+    assert "AMQP_URL must look like" in one_line(nowhere)
     waiting.expect_error(re.compile(r" \[!\] No connection to RabbitMQ at .*refused.*again"))
     waiting.expect(re.compile(r" \[\*\] Waiting at .*"), timeout=30)
     assert "in use" in one_line(scripts.start(name, "--port", port))
