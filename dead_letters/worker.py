@@ -65,6 +65,8 @@ def on_task(options, channel, method, properties, body):
     except AMQPError:
         job.cancel()  # if it has not begun, leave it: the task is in its queue again
         raise
+    if channel.is_closed:
+        return  # the task is in its queue again, and start_consuming raises the reason
     if job.exception():
         put_aside(options, channel, method, properties, body, job.exception())
     else:

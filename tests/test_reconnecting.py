@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 
 import pika
+import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.spec import BasicProperties, Channel, Connection
 
@@ -15,6 +18,7 @@ from tests.proxy import Proxy, without
 from tests.scripts import (
     CONSUMERS,
     EMIT_TOPIC,
+    FILE_WORKER,
     LOST,
     NEW_TASK,
     RECEIVE,
@@ -30,6 +34,7 @@ from tests.scripts import (
     one_line,
     put,
     received,
+    size,
 )
 from tools.broker import Broker, eventually, virtual_host_of
 
@@ -147,6 +152,26 @@ def test_a_task_that_takes_longer_than_the_broker_waits_ends_no_worker(
             worker.expect(" [x] Done")
             assert worker.err.seen == []
         assert worker.process.poll() is None
+
+
+def test_a_task_that_fails_after_that_is_in_one_queue(
+    own_broker: Broker, scripts: Scripts, channel: BlockingChannel, tmp_path: Path
+) -> None:
+    """When RabbitMQ has closed the channel, the task is in its queue again. So the worker of lesson
+    8 sends no copy to another queue, and says why the channel was closed."""
+    if tuple(map(int, own_broker.version.split(".")[:2])) >= (4, 3):
+        pytest.skip("RabbitMQ 4.3 does not close the channel any more")
+    os.mkfifo(gate := tmp_path / "gate")  # to open it takes until we write to it
+    with consumer_timeout(own_broker, 500):
+        worker = consumer(scripts, FILE_WORKER)
+        put(channel, "tasks", str(gate))
+        worker.expect(received(str(gate)))
+        eventually(lambda: size(channel, "tasks") == 1, "RabbitMQ has put it back")
+        gate.write_bytes(b"\xff")  # this is no text, so the work fails
+        worker.expect_error(re.compile(r" \[!\] .*delivery acknowledgement.*timed out.*"))
+        worker.expect(received(str(gate), redelivered=True))
+        assert size(channel, "tasks.retry") == 0
+        worker.kill()
 
 
 class Unreadable(BasicProperties):

@@ -27,7 +27,7 @@ def main(channel, options):
 def consume(channel, options, prefetch):
     # RabbitMQ sends us this many tasks before it waits for our acknowledgements.
     channel.basic_qos(prefetch_count=prefetch)
-    tasks = []  # those that have come and are not done yet
+    tasks = deque()  # those that have come and are not done yet
     channel.basic_consume(
         queue="task_queue",
         on_message_callback=partial(on_task, options, tasks),
@@ -49,16 +49,16 @@ def hand_over(options, tasks, channel):
         channel.connection.process_data_events()  # sends heartbeats; does not call on_task now
     job.result()  # raises what has ended the other thread: the output is closed, for example
     answer(options, channel, done)
-    tasks.clear()
 
 
 executor = ThreadPoolExecutor(max_workers=1)
 
 
 def do_tasks(options, tasks, channel, done):
-    for method, properties, body in tasks:
+    while tasks:
         if channel.is_closed and not options.auto_ack:
-            return  # the connection is lost, so the tasks are in their queue again
+            return  # the tasks are in their queue again
+        method, properties, body = tasks.popleft()
         text = body.decode(errors="surrogateescape")
         print(f" [x] Received {text!r}" + (" (redelivered)" if method.redelivered else ""))
         failed = False
@@ -82,13 +82,13 @@ def work(text):
 def answer(options, channel, done):
     """Acknowledge the tasks that are done, all together. Put back those that have failed."""
     if options.auto_ack or options.forget_ack or channel.is_closed:
-        return  # if it is closed, start_consuming raises the reason
+        return  # if the channel is closed, start_consuming raises the reason
     tags = []
     while done:
         tag, properties, body, failed = done.popleft()
         if not failed or put_back(options, channel, properties, body):
             tags.append(tag)
-    if len(channel.consumer_tags) > 1:  # put_back has kept a task: do not acknowledge it, too
+    if len(channel.consumer_tags) > 1:  # put_back has kept a task, and consumes once more
         for tag in tags:
             channel.basic_ack(delivery_tag=tag)
     elif tags:
@@ -98,7 +98,7 @@ def answer(options, channel, done):
 def put_back(options, channel, properties, body):
     """Send a failed task to the end of the queue. Return whether RabbitMQ has stored it there."""
     properties.user_id = None  # RabbitMQ accepts no other user's name from us
-    properties.expiration = None  # otherwise its time limit would begin again
+    properties.expiration = None  # otherwise it could expire, and be lost
     headers = (properties.headers or {}).items()  # CC and BCC name more queues to send it to
     properties.headers = {name: value for name, value in headers if name not in ("CC", "BCC")}
     try:
