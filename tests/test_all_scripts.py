@@ -402,9 +402,10 @@ def test_what_all_scripts_do_is_the_same_code_in_each() -> None:
     """All producers are the same before their lesson and after it, and so are all consumers. Both
     connect in the same way, and new_tasks.py treats signals in a way of its own."""
     names = [*PRODUCERS, "streams/emit_log_stream.py"], [*CONSUMERS, "streams/read_logs.py"]
-    producers, consumers = ({parts_of(name) for name in kind} for kind in names)
-    [(producer_signals, producer, _)] = producers
-    [(consumer_signals, consumer, _)] = consumers
+    for first, *others in names:
+        assert [name for name in others if parts_of(name) != parts_of(first)] == [], first
+    producer_signals, producer, _ = parts_of(SEND)
+    consumer_signals, consumer, _ = parts_of(RECEIVE)
     assert "signal.SIG_DFL" in producer_signals
     assert "os._exit(0)" in consumer_signals
     assert "def connect():" in producer
