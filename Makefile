@@ -17,7 +17,7 @@ help:
 	@echo 'make test-endurance  run the tests that kill scripts and RabbitMQ many times'
 	@echo 'make test-speed      run the tests that measure'
 	@echo 'make promises        list what the tests prove'
-	@echo 'make bench           measure how fast the scripts are, in six minutes; BENCH_ARGS="-k rpc": in one'
+	@echo 'make bench           measure how fast the scripts are, in five minutes; BENCH_ARGS="-k rpc": in one'
 	@echo 'make broker          keep a RabbitMQ on localhost:5672 until Ctrl+C'
 	@echo 'make lint            check format, style, types and the files for Docker and GitHub'
 	@echo 'make clean           remove all that these commands have made: .venv and caches'

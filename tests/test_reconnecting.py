@@ -144,7 +144,7 @@ def test_a_task_that_takes_longer_than_the_broker_waits_ends_no_worker(
     with consumer_timeout(own_broker, 500):
         worker = consumer(scripts, WORKER)
         scripts.run(NEW_TASK, "long..")
-        if tuple(map(int, own_broker.version.split(".")[:2])) < (4, 3):
+        if own_broker.release < (4, 3):
             worker.expect_error(re.compile(r" \[!\] .*delivery acknowledgement.*timed out.*"))
             worker.expect(CONSUMERS[WORKER], count=2)
             worker.expect(received("long..", redelivered=True))
@@ -159,7 +159,7 @@ def test_a_task_that_fails_after_that_is_in_one_queue(
 ) -> None:
     """When RabbitMQ has closed the channel, the task is in its queue again. So the worker of lesson
     8 sends no copy to another queue, and says why the channel was closed."""
-    if tuple(map(int, own_broker.version.split(".")[:2])) >= (4, 3):
+    if own_broker.release >= (4, 3):
         pytest.skip("RabbitMQ 4.3 does not close the channel any more")
     os.mkfifo(gate := tmp_path / "gate")  # to open it takes until we write to it
     with consumer_timeout(own_broker, 500):

@@ -138,7 +138,7 @@ def test_a_worker_that_is_stopped_finishes_its_task_first(
     eventually(lambda: size(channel, "tasks") == 0, "both are prefetched")
     asked_to_stop(doing, how)
     headers = [taken_back(channel) for _ in range(2)]
-    if broker.version.split(".")[:2] >= ["4", "3"]:
+    if broker.release >= (4, 3):
         assert all(not each.get("x-delivery-count") for each in headers)
     put(channel, "fourth")
     assert doing.wait() == 0

@@ -124,7 +124,7 @@ def acknowledged_twice(s: Situation) -> None:
 
 @causes("PRECONDITION_FAILED - delivery acknowledgement")
 def acknowledged_too_late(s: Situation) -> None:
-    if tuple(map(int, s.broker.version.split(".")[:2])) >= (4, 3):
+    if s.broker.release >= (4, 3):
         pytest.skip("RabbitMQ 4.3 does not close the channel any more")
     with consumer_timeout(s.broker, 1000):
         channel = BlockingConnection(pika.URLParameters(s.url)).channel()  # it has the new timeout

@@ -75,6 +75,11 @@ class Broker:
     def __str__(self) -> str:
         return f"RabbitMQ {self.version}, {self.kind}"
 
+    @property
+    def release(self) -> tuple[int, ...]:
+        """The first two numbers of the version, to compare: (4, 3) is less than (4, 10)."""
+        return tuple(map(int, self.version.split(".")[:2]))
+
     def api(self, method: str, path: str, json: object = None) -> Any:
         """Call RabbitMQ's HTTP API. Returns the decoded answer; raises requests.HTTPError."""
         user = urlsplit(self.amqp_url)
@@ -123,6 +128,14 @@ class Broker:
     def start(self) -> None:
         """Start the node, on the data that it has, and wait until it is ready."""
         raise NotImplementedError
+
+    def start_or_close(self) -> None:
+        """Start the node for the first time. If it cannot, or is interrupted, nothing is left."""
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
 
     def stop(self) -> None:
         """Stop the node with SIGTERM."""

@@ -111,11 +111,7 @@ class Container(Compose):
             RABBITMQ_PORT=str(port),
             RABBITMQ_MANAGEMENT_PORT=str(management_port),
         )
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
+        self.start_or_close()
 
     def start(self) -> None:
         """Start the container, or make it, and wait until RabbitMQ is ready."""

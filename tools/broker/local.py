@@ -66,11 +66,7 @@ class LocalNode(Broker):
         env = ["env", *(f"{name}={value}" for name, value in names.items())]
         self.rabbitmqctl_command = [*env, str(Path(server).with_name("rabbitmqctl"))]
         self._process: subprocess.Popen[bytes] | None = None
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
+        self.start_or_close()
 
     def start(self) -> None:
         """Start the node, on the data that it has, and wait until it is ready."""
