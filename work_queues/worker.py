@@ -37,7 +37,7 @@ def consume(channel, options, prefetch):
 
 def on_task(options, tasks, channel, method, properties, body):
     tasks.append((method, properties, body))
-    if len(tasks) == 1:  # pika calls hand_over next, after on_task for all that came together
+    if len(tasks) == 1:  # pika calls hand_over once, after on_task for all that came together
         channel.connection.call_later(0, partial(hand_over, options, tasks, channel))
 
 
@@ -80,7 +80,7 @@ def work(text):
 
 
 def answer(options, channel, done):
-    """Acknowledge the tasks that are done, all together. Put back those that have failed."""
+    """Acknowledge what is done, several tasks together if possible. Put back what has failed."""
     if options.auto_ack or options.forget_ack or channel.is_closed:
         return  # if the channel is closed, start_consuming raises the reason
     tags = []
@@ -88,7 +88,7 @@ def answer(options, channel, done):
         tag, properties, body, failed = done.popleft()
         if not failed or put_back(options, channel, properties, body):
             tags.append(tag)
-    if len(channel.consumer_tags) > 1:  # put_back has kept a task, and consumes once more
+    if len(channel.consumer_tags) > 1:  # put_back has kept one, and started a second consumer
         for tag in tags:
             channel.basic_ack(delivery_tag=tag)
     elif tags:
@@ -107,7 +107,7 @@ def put_back(options, channel, properties, body):
             other.basic_publish("", "task_queue", body, properties, mandatory=True)
     except Exception as error:
         if channel.is_closed:
-            raise  # the connection is lost, so the task is in its queue again
+            raise  # RabbitMQ has put the task back into its queue already
         print(f" [!] RabbitMQ does not take it back, so we keep it: {error}", file=sys.stderr)
         consume(channel, options, 1)  # a second consumer, as this task takes up a place of ours
         return False
